@@ -1,0 +1,33 @@
+"""Train any Hugging Face transformer block by block, each block from its own loss."""
+
+from __future__ import annotations
+
+from hf_blocklocal.assembly import Assembly, TaughtModel, assemble
+from hf_blocklocal.blocks import Boundaries, Cut
+from hf_blocklocal.config import BlockLocalConfig
+from hf_blocklocal.errors import BlockLocalError
+from hf_blocklocal.feedback import FeedbackHead, build_head
+from hf_blocklocal.losses import LocalLoss
+from hf_blocklocal.partition import Span
+from hf_blocklocal.step import LocalStep, StepReport
+from hf_blocklocal.trainer import BlockLocalTrainer
+
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Assembly",
+    "BlockLocalConfig",
+    "BlockLocalError",
+    "BlockLocalTrainer",
+    "Boundaries",
+    "Cut",
+    "FeedbackHead",
+    "LocalLoss",
+    "LocalStep",
+    "Span",
+    "StepReport",
+    "TaughtModel",
+    "assemble",
+    "build_head",
+]

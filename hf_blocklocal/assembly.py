@@ -1,0 +1,201 @@
+"""Everything that block-local training adds to a model: from a config and one small batch to a cut with its heads.
+
+This is the place to start for a training loop of one's own; the trainer does no more than call it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from hf_blocklocal.anatomy import (
+    check_all_layers_run,
+    check_enough_layers,
+    find_router_loss,
+    find_stacks,
+    target_embedding,
+)
+from hf_blocklocal.blocks import Cut
+from hf_blocklocal.config import BlockLocalConfig
+from hf_blocklocal.feedback import FeedbackHead, build_head
+from hf_blocklocal.sampling import with_candidates
+from hf_blocklocal.step import LocalStep
+from hf_blocklocal.targets import Targets, Task, choose_alignment, read_targets
+from hf_blocklocal.trace import Trace, plan_cut, trace_layers, trace_owners
+
+
+class TaughtModel(nn.Module):
+    """A model and its feedback heads, side by side: one module for optimizers and for `zero_grad`.
+
+    Args:
+        model: The model, which stays an ordinary one.
+        heads: The feedback head of every block but the last.
+    """
+
+    def __init__(self, model: nn.Module, heads: Iterable[FeedbackHead]) -> None:
+        super().__init__()
+        self.model = model
+        self.heads = nn.ModuleList(heads)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the model alone."""
+        return self.model(*args, **kwargs)
+
+
+@dataclass(frozen=True)
+class Assembly:
+    """A model ready to be trained block by block.
+
+    Attributes:
+        config: How it is cut and taught.
+        task: What it is to predict.
+        cut: Where it is cut.
+        module: The model with its heads.
+        parameters: The parameters of each block and its head, in the model's order.
+        step: Runs one local training step.
+        counts_items: Whether the model's own loss heeds `num_items_in_batch`.
+    """
+
+    config: BlockLocalConfig
+    task: Task
+    cut: Cut
+    module: TaughtModel
+    parameters: tuple[tuple[nn.Parameter, ...], ...]
+    step: LocalStep
+    counts_items: bool
+
+    @property
+    def heads(self) -> nn.ModuleList:
+        """The feedback head of every block but the last."""
+        return self.module.heads
+
+    @property
+    def last(self) -> int:
+        """The last block, which learns from the model's own loss."""
+        return self.cut.num_blocks - 1
+
+    def read_targets(
+        self, inputs: Mapping[str, Any], *, seed: tuple[int, ...] = (0,), whole_vocabulary: bool = False
+    ) -> Targets:
+        """Read what a batch is to be taught.
+
+        Args:
+            inputs: The model's inputs with labels.
+            seed: What the negatives of a vocabulary are drawn from, for example run, step and micro-batch.
+            whole_vocabulary: Whether to contrast with all tokens, as an evaluation does.
+        """
+        targets = read_targets(self.task, inputs)
+        if self.task.target != "vocabulary" or self.last == 0:
+            return targets
+        generator = torch.Generator().manual_seed(_mix(seed))
+        negatives = None if whole_vocabulary else self.config.negatives
+        embedding = target_embedding(self.module.model)
+        return with_candidates(targets, embedding, negatives=negatives, generator=generator)
+
+    def describe(self) -> str:
+        """Return the cut as a table: block, layers, parameters of block and head, what teaches it."""
+        rows = [("block", "layers", "parameters", "head", "taught by")]
+        for block, span in enumerate(self.cut.spans):
+            head = self.heads[block] if block < self.last else None
+            in_head = 0 if head is None else sum(parameter.numel() for parameter in head.parameters())
+            in_block = sum(parameter.numel() for parameter in self.parameters[block]) - in_head
+            taught = "the model's own loss"
+            if head is not None:
+                taught = f"{type(head.feedback).__name__}, {type(head.loss).__name__} ({head.loss.family.name})"
+            rows.append((str(block), f"{span.start}-{span.last}", f"{in_block:,}", f"{in_head:,}", taught))
+        widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+        return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
+
+
+def check_structure(model: nn.Module, config: BlockLocalConfig) -> None:
+    """Refuse, without running anything, what can be seen to be impossible.
+
+    Raises:
+        LayersNotFoundError: If no layers are found.
+        SharedLayersError: If layers are shared across depth.
+        UnsupportedSettingError: If layers are dropped at random.
+        CutError: If there are more blocks than layers.
+    """
+    stacks = find_stacks(model, config.layers)
+    check_enough_layers(model, stacks, config.num_blocks)
+    if config.num_blocks > 1:
+        check_all_layers_run(model)
+
+
+def assemble(
+    model: nn.Module,
+    config: BlockLocalConfig,
+    inputs: Mapping[str, Any],
+    *,
+    label_smoothing: float = 0.0,
+    seed: int = 0,
+) -> Assembly:
+    """Cut a model and give every block but the last a feedback head.
+
+    Args:
+        model: A transformers model with a task head, on its device.
+        config: How to cut and teach it.
+        inputs: A small batch with labels, on the same device; it is run three times without dropout.
+        label_smoothing: Weight of the uniform distribution mixed into class targets.
+        seed: Seed of the heads' first weights. The caller's random stream is left untouched.
+
+    Raises:
+        BlockLocalError: If model, cut, batch and config do not go together; the subclass and the text say how.
+    """
+    check_structure(model, config)
+    trace = trace_layers(model, find_stacks(model, config.layers), inputs)
+    cut = plan_cut(trace, config)
+    device = inputs["labels"].device
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        heads = [_head(model, config, trace, cut, block, label_smoothing) for block in range(cut.num_blocks - 1)]
+    module = TaughtModel(model, heads)
+    module.heads.to(device)
+    step = LocalStep(model, cut, module.heads, find_router_loss(model) if cut.num_blocks > 1 else None)
+    owners = trace_owners(model, step.boundaries, inputs)
+    return Assembly(
+        config=config,
+        task=trace.task,
+        cut=cut,
+        module=module,
+        parameters=_by_block(module, owners, cut.num_blocks),
+        step=step,
+        counts_items=trace.counts_items,
+    )
+
+
+def _head(
+    model: nn.Module, config: BlockLocalConfig, trace: Trace, cut: Cut, block: int, label_smoothing: float
+) -> FeedbackHead:
+    layer = cut.spans[block].last
+    shape = trace.shapes[layer]
+    alignment = choose_alignment(trace.task, shape, trace.labels_shape, final_stack=trace.ends_in_final_stack(layer))
+    return build_head(
+        config,
+        trace.task,
+        hidden_width=shape[1] if len(shape) == 4 else shape[-1],
+        alignment=alignment,
+        embedding_width=target_embedding(model).shape[1] if trace.task.target == "vocabulary" else None,
+        label_smoothing=label_smoothing,
+    )
+
+
+def _by_block(module: TaughtModel, owners: Mapping[str, int], num_blocks: int) -> tuple[tuple[nn.Parameter, ...], ...]:
+    blocks: list[list[nn.Parameter]] = [[] for _ in range(num_blocks)]
+    for name, parameter in module.model.named_parameters():
+        blocks[owners[name]].append(parameter)
+    for block, head in enumerate(module.heads):
+        blocks[block].extend(head.parameters())
+    return tuple(tuple(block) for block in blocks)
+
+
+def _mix(seed: tuple[int, ...]) -> int:
+    """Fold several small numbers into one seed, the same on every machine."""
+    mixed = 0
+    for part in seed:
+        mixed = (mixed * 1_000_003 + part + 1) % (1 << 63)
+    return mixed

@@ -1,0 +1,211 @@
+"""The cut itself: stop the gradient where one block ends and the next begins, while the model's own forward runs.
+
+Hooks are lent to the model for one forward pass and always taken back. What a block learns where it ends is not
+decided here: the caller's `leave` is told.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hf_blocklocal.errors import BoundaryNotReachedError
+from hf_blocklocal.partition import Span
+
+
+Leave = Callable[[int, Tensor, tuple[Tensor, ...]], None]
+"""Called with the block that ends, its hidden state, and the logits of its routers, all still carrying gradient."""
+
+
+@dataclass(frozen=True)
+class Cut:
+    """Where a model is cut.
+
+    Attributes:
+        layers: Dotted names of the layers in the order of execution.
+        stacks: For each layer, which stack it belongs to.
+        spans: The layers of each block, in forward order.
+    """
+
+    layers: tuple[str, ...]
+    stacks: tuple[int, ...]
+    spans: tuple[Span, ...]
+
+    @property
+    def num_blocks(self) -> int:
+        """Number of blocks."""
+        return len(self.spans)
+
+    def block_of_layer(self, layer: int) -> int:
+        """Return the block that holds a layer."""
+        return next(block for block, span in enumerate(self.spans) if layer in span)
+
+    def block_of_path(self, path: str) -> int | None:
+        """Return the block of the layer that holds a module or parameter, None if it lies outside the layers."""
+        for index, layer in enumerate(self.layers):
+            if path == layer or path.startswith(f"{layer}."):
+                return self.block_of_layer(index)
+        return None
+
+    def owns_stack_start(self, layer: int) -> bool:
+        """Tell whether the block of a layer also holds the first layer of that layer's stack."""
+        return self.stacks.index(self.stacks[layer]) in self.spans[self.block_of_layer(layer)]
+
+
+class Boundaries:
+    """The hooks that cut a model.
+
+    A block's hidden state is handed to `leave` where its last layer returns, and everything that layer returns goes on
+    detached. Side inputs of a layer, such as position biases or the states of an encoder, are trained by the block
+    that holds the first layer of the stack; in every other block they are detached on the way into a layer, unless a
+    layer of the same block has made them.
+
+    Args:
+        model: The model to cut.
+        cut: Where.
+        routers: Dotted names of routers and the index of their logits, where the model balances their load.
+    """
+
+    def __init__(self, model: nn.Module, cut: Cut, routers: Mapping[str, int] | None = None) -> None:
+        self.cut = cut
+        self._layers = [model.get_submodule(path) for path in cut.layers]
+        self._routers = {
+            model.get_submodule(path): (block, index)
+            for path, index in (routers or {}).items()
+            if (block := cut.block_of_path(path)) is not None and block < cut.num_blocks - 1
+        }
+
+    @contextmanager
+    def attached(self, leave: Leave) -> Iterator[None]:
+        """Cut the forward pass that runs inside the `with`.
+
+        Args:
+            leave: Called at the end of every block but the last.
+
+        Raises:
+            BoundaryNotReachedError: If the forward pass did not come by the end of every block exactly once.
+        """
+        visit = _Visit(self.cut, leave)
+        handles = [
+            router.register_forward_hook(visit.tap(block, index), prepend=True)
+            for router, (block, index) in self._routers.items()
+        ]
+        for index, layer in enumerate(self._layers):
+            if not self.cut.owns_stack_start(index):
+                handles.append(layer.register_forward_pre_hook(visit.enter, with_kwargs=True))
+                handles.append(layer.register_forward_hook(visit.remember))
+        for block, span in enumerate(self.cut.spans[:-1]):
+            handles.append(self._layers[span.last].register_forward_hook(visit.leave(block)))
+        try:
+            yield
+            visit.check_complete()
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
+class _Visit:
+    """What the hooks of one forward pass remember."""
+
+    def __init__(self, cut: Cut, leave: Leave) -> None:
+        self._expected = list(range(cut.num_blocks - 1))
+        self._left: list[int] = []
+        self._leave = leave
+        self._made_here: list[Tensor] = []
+        self._router_logits: list[Tensor] = []
+
+    def enter(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+        """Detach the side inputs of a layer that other blocks have made."""
+        made_here = {id(tensor) for tensor in self._made_here}
+
+        def detach(tensor: Tensor) -> Tensor:
+            return tensor.detach() if tensor.requires_grad and id(tensor) not in made_here else tensor
+
+        hidden_name = None if args else next((name for name in kwargs if name.startswith("hidden_state")), None)
+        side_kwargs = {name: value for name, value in kwargs.items() if name != hidden_name}
+        return (*args[:1], *map_tensors(args[1:], detach)), {**kwargs, **map_tensors(side_kwargs, detach)}
+
+    def remember(self, layer: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        """Note what a layer has made, for the later layers of its block."""
+        map_tensors(output, self._made_here.append)
+
+    def tap(self, block: int, index: int) -> Callable[..., Any]:
+        """Keep a router's logits for the loss of its block, as a tensor that can be detached in place later."""
+
+        def hook(router: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+            parts = [output] if isinstance(output, Tensor) else list(output)
+            position = 0 if isinstance(output, Tensor) else index
+            parts[position] = parts[position].clone()
+            self._router_logits.append(parts[position])
+            return parts[0] if isinstance(output, Tensor) else type(output)(parts)
+
+        return hook
+
+    def leave(self, block: int) -> Callable[..., Any]:
+        """Let the block learn, then hand on what it made without its history."""
+
+        def hook(layer: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+            self._leave(block, first_tensor(output), tuple(self._router_logits))
+            self._left.append(block)
+            for logits in self._router_logits:
+                logits.detach_()
+            self._router_logits.clear()
+            self._made_here.clear()
+            return map_tensors(output, Tensor.detach)
+
+        return hook
+
+    def check_complete(self) -> None:
+        if self._left != self._expected:
+            raise BoundaryNotReachedError(
+                f"A forward pass came by the ends of blocks {self._left}, not {self._expected}: a last layer of a "
+                "block was skipped or ran twice. Random layer dropping and re-entrant checkpointing do this."
+            )
+
+
+def first_tensor(output: Any) -> Tensor:
+    """Return the hidden state from what a layer returns: the tensor itself, or the first of a sequence."""
+    return (
+        output
+        if isinstance(output, Tensor)
+        else next(iter(output.values() if isinstance(output, Mapping) else output))
+    )
+
+
+def map_tensors(value: Any, function: Callable[[Tensor], Any]) -> Any:
+    """Apply a function to every tensor in nested tuples, lists and mappings.
+
+    Sequences are built anew; mappings are changed in place, because layers share them to hand states to each other.
+    A function that returns nothing leaves its tensor alone.
+    """
+    if isinstance(value, Tensor):
+        result = function(value)
+        return value if result is None else result
+    if isinstance(value, tuple | list):
+        items = [map_tensors(item, function) for item in value]
+        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
+    if isinstance(value, MutableMapping):
+        for key, item in list(value.items()):
+            value[key] = map_tensors(item, function)
+    return value
+
+
+def reached_parameters(output: Tensor) -> set[nn.Parameter]:
+    """Return the parameters that a backward pass from a tensor would reach, without running it."""
+    reached: set[nn.Parameter] = set()
+    seen: set[torch.autograd.graph.Node] = set()
+    waiting = [output.grad_fn]
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if hasattr(node, "variable"):
+            reached.add(node.variable)
+        waiting.extend(parent for parent, _ in node.next_functions)
+    return reached

@@ -1,0 +1,89 @@
+"""Feedback heads on disk, beside an ordinary transformers checkpoint that never mentions them."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from hf_blocklocal.blocks import Cut
+from hf_blocklocal.config import CONFIG_NAME, BlockLocalConfig
+from hf_blocklocal.errors import HeadsMismatchError
+
+
+HEADS_NAME = "block_local_heads.safetensors"
+FILES = (CONFIG_NAME, HEADS_NAME)
+
+
+def save_heads(
+    save_directory: str | os.PathLike[str], *, heads: nn.Module, cut: Cut, config: BlockLocalConfig
+) -> None:
+    """Write `block_local_config.json` and `block_local_heads.safetensors` into a folder.
+
+    Args:
+        save_directory: The folder of the checkpoint.
+        heads: The heads; with a single block there are none, and the file says so.
+        cut: Where the model was cut, kept in the file's metadata.
+        config: How it was cut and taught.
+    """
+    config.save_pretrained(save_directory)
+    metadata = {
+        "format": "pt",
+        "num_blocks": str(cut.num_blocks),
+        "boundaries": json.dumps([span.start for span in cut.spans[1:]]),
+    }
+    tensors = {name: tensor.detach().contiguous() for name, tensor in heads.state_dict().items()}
+    save_file(tensors, Path(save_directory) / HEADS_NAME, metadata=metadata)
+
+
+def load_heads_(heads: nn.Module, save_directory: str | os.PathLike[str], *, cut: Cut) -> None:
+    """Read heads from a folder into the given ones.
+
+    Args:
+        heads: Heads of the same shapes, changed in place.
+        save_directory: Folder with a `block_local_heads.safetensors`.
+        cut: How the model is cut now.
+
+    Raises:
+        HeadsMismatchError: If the file is missing, was made for another cut, or holds other tensors. The heads are
+            left as they were.
+    """
+    path = Path(save_directory) / HEADS_NAME
+    if not path.is_file():
+        raise HeadsMismatchError(
+            f"{save_directory} holds no {HEADS_NAME}: it was not saved by block-local training. Start from its model "
+            "weights instead of resuming, or choose another checkpoint."
+        )
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata() or {}
+    saved = json.loads(metadata.get("boundaries", "null"))
+    boundaries = [span.start for span in cut.spans[1:]]
+    if saved != boundaries:
+        blocks = metadata.get("num_blocks", "an unknown number of")
+        raise HeadsMismatchError(
+            f"The heads in {path} belong to {blocks} blocks with boundaries {saved}, but this run has "
+            f"{cut.num_blocks} blocks with boundaries {boundaries}. Use "
+            f"BlockLocalConfig.from_pretrained({str(save_directory)!r}), or train on from the model weights alone."
+        )
+    tensors = load_file(path)
+    _check_tensors(path, tensors, heads.state_dict())
+    heads.load_state_dict(tensors)
+
+
+def _check_tensors(path: Path, saved: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    for name in sorted(saved.keys() | expected.keys()):
+        if name not in saved or name not in expected:
+            where = "not in the file" if name not in saved else "not in these heads"
+            raise HeadsMismatchError(
+                f"The heads in {path} do not fit: {name} is {where}. They were made with another feedback, loss or "
+                "task; use the block_local_config.json saved beside them."
+            )
+        if saved[name].shape != expected[name].shape:
+            raise HeadsMismatchError(
+                f"The heads in {path} do not fit: {name} has shape {tuple(saved[name].shape)} in the file and "
+                f"{tuple(expected[name].shape)} here. They were made for another model, or with another latent_dim."
+            )

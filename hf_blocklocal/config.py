@@ -1,0 +1,173 @@
+"""How a model is cut into blocks and how each block is taught.
+
+Plain values that go to JSON and back. Nothing here touches a model; what a value means is decided where it is used.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal, get_args, get_type_hints
+
+from hf_blocklocal.errors import ConfigError
+
+
+CONFIG_NAME = "block_local_config.json"
+DEFAULT_BLOCKS = 2
+
+PRESETS: dict[str, dict[str, Any]] = {
+    # Nokland & Eidnes (2019), arXiv 1901.06656: a linear classifier on the output of each block.
+    "pred": {"feedback": "label", "loss": "agreement"},
+    # One block: exactly the plain Trainer.
+    "backprop": {"num_blocks": 1},
+}
+
+
+def _help(default: Any, text: str) -> Any:
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass(frozen=True)
+class BlockLocalConfig:
+    """Configuration of block-local learning, saved beside the model as `block_local_config.json`.
+
+    Changing one line, `Trainer(...)` to `BlockLocalTrainer(..., block_local=BlockLocalConfig(num_blocks=3))`, is the
+    whole migration; every other field has a default.
+
+    Raises:
+        ConfigError: If a value is impossible by itself. What depends on the model or the data is checked before
+            training starts.
+    """
+
+    num_blocks: int | None = _help(
+        None, "Blocks to cut the layers into; 1 is ordinary backpropagation. Default: what boundaries make, else 2."
+    )
+    boundaries: tuple[int, ...] | None = _help(
+        None, "First layer of every block but the first, counted in the order of execution. Replaces num_blocks."
+    )
+    balance: Literal["layers", "cost"] = _help(
+        "layers", "What the blocks are equal in: layers, or measured floating-point operations of a traced batch."
+    )
+    layers: tuple[str, ...] | None = _help(
+        None, "Dotted names of the lists of layers to cut, for models whose structure does not show them."
+    )
+    feedback: Literal["auto", "direct", "label"] = _help(
+        "auto", "Network that carries the target to a block: learned and linear, or the target itself."
+    )
+    loss: Literal["auto", "contrast", "agreement"] = _help(
+        "auto", "Loss where a block's message and the target's message meet. Each feedback network has its own."
+    )
+    family: Literal["auto", "gaussian", "bernoulli", "categorical"] = _help(
+        "auto", "Exponential family of the messages."
+    )
+    latent_dim: int = _help(128, "Units of the latent between a block and a learned feedback network.")
+    pooling: Literal["mean", "first", "last"] = _help(
+        "mean", "How a head pools the sequence where the target belongs to the whole sample."
+    )
+    negatives: int | None = _help(
+        1024, "Negatives that a contrast over a vocabulary draws, shared by all blocks. None is the whole vocabulary."
+    )
+    step_per_block: bool = _help(
+        False, "Step each block right after its backward pass and free its gradients. The weights come out the same."
+    )
+    evaluate_blocks: bool = _help(True, "Report in every evaluation what each block's head would have predicted.")
+
+    def __post_init__(self) -> None:
+        for name in ("boundaries", "layers"):
+            if isinstance(getattr(self, name), list):
+                object.__setattr__(self, name, tuple(getattr(self, name)))
+        if self.num_blocks is None:
+            object.__setattr__(
+                self, "num_blocks", DEFAULT_BLOCKS if self.boundaries is None else len(self.boundaries) + 1
+            )
+        self._check_choices()
+        self._check_numbers()
+        self._check_cut()
+
+    def _check_choices(self) -> None:
+        for name, hint in get_type_hints(type(self)).items():
+            choices = get_args(hint)
+            value = getattr(self, name)
+            if choices and all(isinstance(choice, str) for choice in choices) and value not in choices:
+                raise ConfigError(f"{name}={value!r} is not known. Choose one of {list(choices)}.")
+
+    def _check_numbers(self) -> None:
+        for name in ("num_blocks", "latent_dim", "negatives"):
+            value = getattr(self, name)
+            if value is None and name == "negatives":
+                continue
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ConfigError(f"{name} must be a whole number of at least 1, got {value!r}.")
+
+    def _check_cut(self) -> None:
+        if self.boundaries is None:
+            return
+        if self.num_blocks != len(self.boundaries) + 1:
+            raise ConfigError(
+                f"num_blocks={self.num_blocks} contradicts boundaries={list(self.boundaries)}, which make "
+                f"{len(self.boundaries) + 1} blocks. Leave one of the two out."
+            )
+        if self.balance != "layers":
+            raise ConfigError(f"balance={self.balance!r} and explicit boundaries exclude each other. Leave one out.")
+        if list(self.boundaries) != sorted(set(self.boundaries)) or (self.boundaries and self.boundaries[0] < 1):
+            raise ConfigError(
+                f"boundaries={list(self.boundaries)} must ascend strictly from at least 1: each is the first layer of "
+                "a block, and layer 0 always opens the first one."
+            )
+
+    @classmethod
+    def from_preset(cls, name: str, **overrides: Any) -> BlockLocalConfig:
+        """Make a configuration from a named one.
+
+        Args:
+            name: `"pred"`, a linear classifier on every block, or `"backprop"`, a single block.
+            **overrides: Fields to set on top of the preset.
+
+        Raises:
+            ConfigError: If there is no such preset.
+        """
+        if name not in PRESETS:
+            raise ConfigError(f"There is no preset {name!r}. Choose one of {sorted(PRESETS)}.")
+        return cls.from_dict({**PRESETS[name], **overrides})
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> BlockLocalConfig:
+        """Make a configuration from plain values, as read from JSON or YAML.
+
+        Raises:
+            ConfigError: If a key is unknown.
+        """
+        known = [f.name for f in fields(cls)]
+        unknown = sorted(set(values) - set(known))
+        if unknown:
+            raise ConfigError(f"Unknown block-local options {unknown}. Known are {known}.")
+        return cls(**values)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain, JSON-able values."""
+        return json.loads(json.dumps(asdict(self)))
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str]) -> Path:
+        """Write `block_local_config.json` into a folder, which is made if need be.
+
+        Returns:
+            The file.
+        """
+        path = Path(save_directory) / CONFIG_NAME
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
+        return path
+
+    @classmethod
+    def from_pretrained(cls, save_directory: str | os.PathLike[str]) -> BlockLocalConfig:
+        """Read `block_local_config.json` from a folder.
+
+        Raises:
+            ConfigError: If the folder holds none, or one with unknown options.
+        """
+        path = Path(save_directory) / CONFIG_NAME
+        if not path.is_file():
+            raise ConfigError(f"{save_directory} holds no {CONFIG_NAME}: it was not saved by block-local training.")
+        return cls.from_dict(json.loads(path.read_text(encoding="utf-8")))

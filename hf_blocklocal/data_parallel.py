@@ -1,0 +1,81 @@
+"""Average the gradients of one block over the processes that hold a copy of it.
+
+Done by hand, block by block, because `DistributedDataParallel` expects one backward pass after one forward pass. The
+averaging of a block runs while the next block computes.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+
+class GradientAverager:
+    """Averages gradients over a process group; does nothing with one process.
+
+    Args:
+        world_size: Processes that hold a copy.
+        group: Their group, None for all processes.
+    """
+
+    def __init__(self, world_size: int, group: dist.ProcessGroup | None = None) -> None:
+        self.world_size = world_size
+        self.group = group
+        self._pending: list[_Bucket] = []
+
+    def start(self, parameters: Sequence[nn.Parameter]) -> None:
+        """Send off the gradients of a block without waiting. Every process must do so in the same order of blocks."""
+        if self.world_size == 1:
+            return
+        by_kind: dict[tuple[torch.dtype, torch.device], list[nn.Parameter]] = defaultdict(list)
+        for parameter in parameters:
+            if parameter.requires_grad:
+                by_kind[parameter.dtype, parameter.device].append(parameter)
+        self._pending.extend(_Bucket(bucket, self.group) for bucket in by_kind.values())
+
+    def finish(self) -> None:
+        """Wait for all gradients sent off so far and put the averages in place."""
+        for bucket in self._pending:
+            bucket.finish(self.world_size)
+        self._pending.clear()
+
+
+class _Bucket:
+    """Gradients of one dtype on one device, flat, followed by a flag per parameter that tells whether it had one."""
+
+    def __init__(self, parameters: Sequence[nn.Parameter], group: dist.ProcessGroup | None) -> None:
+        self.parameters = parameters
+        present = [parameter.grad is not None for parameter in parameters]
+        pieces = [
+            (parameter.grad if has else torch.zeros_like(parameter)).reshape(-1)
+            for parameter, has in zip(parameters, present, strict=True)
+        ]
+        self.flat = torch.cat([*pieces, pieces[0].new_tensor(present)])
+        self.work = dist.all_reduce(self.flat, group=group, async_op=True)
+
+    def finish(self, world_size: int) -> None:
+        self.work.wait()
+        flags = self.flat[-len(self.parameters) :].tolist()
+        sizes = [parameter.numel() for parameter in self.parameters]
+        gradients = self.flat[: -len(self.parameters)].div_(world_size).split(sizes)
+        for parameter, gradient, flag in zip(self.parameters, gradients, flags, strict=True):
+            if flag:
+                parameter.grad = gradient.view_as(parameter)
+
+
+def broadcast_from_first(tensors: Iterable[Tensor], group: dist.ProcessGroup | None = None) -> None:
+    """Give every process the first one's values, in place."""
+    for tensor in tensors:
+        dist.broadcast(tensor.detach(), src=0, group=group)
+
+
+def average_over_processes(values: Tensor, world_size: int) -> Tensor:
+    """Return the mean of a tensor over all processes."""
+    if world_size > 1:
+        dist.all_reduce(values)
+        values /= world_size
+    return values

@@ -1,0 +1,47 @@
+"""Every error this package raises on purpose, each with when it comes and what to do next.
+
+They keep `ValueError` (bad input) or `RuntimeError` (something happened while training) as a base, so code that
+already catches those keeps working.
+"""
+
+from __future__ import annotations
+
+
+class BlockLocalError(Exception):
+    """Base of every error of this package."""
+
+
+class ConfigError(BlockLocalError, ValueError):
+    """A `BlockLocalConfig` contradicts itself. Raised when it is made; change the named field."""
+
+
+class CutError(BlockLocalError, ValueError):
+    """The layers cannot be cut as asked. Raised before training; choose other `num_blocks` or `boundaries`."""
+
+
+class LayersNotFoundError(BlockLocalError, ValueError):
+    """No stack of layers was found, or the named one is none. Raised before training; pass `layers` by hand."""
+
+
+class SharedLayersError(BlockLocalError, ValueError):
+    """A layer runs more than once in a forward pass, so it belongs to no single block. Such models are refused."""
+
+
+class UnsupportedSettingError(BlockLocalError, ValueError):
+    """An argument asks for something that cannot work block-locally (yet). Raised before training, by name."""
+
+
+class TargetError(BlockLocalError, ValueError):
+    """The batch holds no target, or one that no feedback head can teach. Raised before training."""
+
+
+class HeadsMismatchError(BlockLocalError, ValueError):
+    """A file of feedback heads does not belong to this model or this cut. Nothing has been loaded."""
+
+
+class NonFiniteLossError(BlockLocalError, RuntimeError):
+    """The loss of one block became NaN or infinite. The block was not updated; its weights are still finite."""
+
+
+class BoundaryNotReachedError(BlockLocalError, RuntimeError):
+    """A forward pass ended without running the last layer of a block, so the block could not learn."""

@@ -1,0 +1,97 @@
+"""What each block's head would have predicted, sample by sample.
+
+Numbers are kept per sample, so that whoever gathers them over processes can leave out samples that were only there to
+fill a batch.
+"""
+
+# Shapes: B batch, N targets, K blocks, V vocabulary.
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from hf_blocklocal.blocks import Boundaries
+from hf_blocklocal.feedback import FeedbackHead
+from hf_blocklocal.losses import LocalLoss, Messages
+from hf_blocklocal.targets import Targets
+
+
+# Rows of scores over a whole vocabulary that are held at a time.
+_CHUNK = 512
+
+
+class BlockScores:
+    """Collects how well every block but the last predicts, over one evaluation.
+
+    Args:
+        heads: The feedback heads.
+        boundaries: The cut that they stand at.
+    """
+
+    def __init__(self, heads: Sequence[FeedbackHead], boundaries: Boundaries) -> None:
+        self.heads = heads
+        self.boundaries = boundaries
+        self.batch_BK3: Tensor | None = None
+        self._sums_K3: Tensor | None = None
+
+    @contextmanager
+    def watch(self, targets: Targets, batch_size: int) -> Iterator[None]:
+        """Score the heads in the forward pass that runs inside the `with`; `batch_BK3` holds the result.
+
+        Args:
+            targets: Targets of the batch; over a vocabulary, with the whole of it as candidates.
+            batch_size: Samples in the batch.
+        """
+        columns_BK3 = torch.zeros(batch_size, len(self.heads), 3, device=targets.values.device)
+
+        def leave(block: int, hidden: Tensor, _router_logits: tuple[Tensor, ...]) -> None:
+            messages = self.heads[block].messages(hidden, targets)
+            scores_N3 = score(self.heads[block].loss, messages).to(columns_BK3.device)
+            columns_BK3[:, block] = columns_BK3[:, block].index_add(0, targets.samples_N, scores_N3)
+
+        with self.boundaries.attached(leave):
+            yield
+        self.batch_BK3 = columns_BK3
+
+    def add(self, gathered_BK3: Tensor) -> None:
+        """Add the scores of samples to the sums."""
+        sums_K3 = gathered_BK3.double().sum(0)
+        self._sums_K3 = sums_K3 if self._sums_K3 is None else self._sums_K3 + sums_K3
+
+    def metrics(self, prefix: str) -> dict[str, float]:
+        """Return `{prefix}_block_k_loss` and, where there is a right or wrong, `{prefix}_block_k_accuracy`."""
+        metrics: dict[str, float] = {}
+        for block, (loss, hits, count) in enumerate(() if self._sums_K3 is None else self._sums_K3.tolist()):
+            if count > 0:
+                metrics[f"{prefix}_block_{block}_loss"] = loss / count
+                if hits >= 0:
+                    metrics[f"{prefix}_block_{block}_accuracy"] = hits / count
+        return metrics
+
+
+def score(loss: LocalLoss, messages: Messages) -> Tensor:
+    """Return loss, hits and count of elements for each target, (N, 3); hits are -1 where nothing is right or wrong."""
+    rows = []
+    values = messages.targets.values
+    for start in range(0, len(values), _CHUNK):
+        part = slice(start, start + _CHUNK)
+        targets = replace(messages.targets, values=values[part])
+        chunk = Messages(messages.forward_NZ[part], messages.backward_CZ, targets)
+        loss_N = loss(chunk)
+        hits_N, per_target = _hits(loss.logits(chunk), targets)
+        rows.append(torch.stack([loss_N.float(), hits_N, torch.full_like(hits_N, per_target)], dim=1))
+    return torch.cat(rows) if rows else values.new_zeros((0, 3), dtype=torch.float32)
+
+
+def _hits(logits: Tensor, targets: Targets) -> tuple[Tensor, float]:
+    kind = targets.task.target
+    if kind == "regression":
+        return logits.new_full((len(targets),), -1.0), float(logits.shape[1])
+    if kind == "multi_label":
+        return ((logits > 0) == (targets.values > 0.5)).sum(1).float(), float(logits.shape[1])
+    return (logits.argmax(-1) == targets.values).float(), 1.0

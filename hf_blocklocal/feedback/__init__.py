@@ -1,0 +1,82 @@
+"""Feedback heads. To add a feedback network: a subclass of `FeedbackNetwork`, a line below, a test."""
+
+from __future__ import annotations
+
+from hf_blocklocal.config import BlockLocalConfig
+from hf_blocklocal.errors import TargetError
+from hf_blocklocal.families import get_family
+from hf_blocklocal.feedback.base import FeedbackNetwork
+from hf_blocklocal.feedback.direct import DirectFeedback
+from hf_blocklocal.feedback.head import FeedbackHead
+from hf_blocklocal.feedback.label import LabelFeedback
+from hf_blocklocal.feedback.readout import LinearReadout
+from hf_blocklocal.losses import LOSSES
+from hf_blocklocal.targets import Alignment, Task
+
+
+FEEDBACK: dict[str, type[FeedbackNetwork]] = {"direct": DirectFeedback, "label": LabelFeedback}
+
+_NATURAL_FAMILY = {
+    "classes": "categorical",
+    "vocabulary": "categorical",
+    "multi_label": "bernoulli",
+    "regression": "gaussian",
+}
+
+
+def build_head(
+    config: BlockLocalConfig,
+    task: Task,
+    *,
+    hidden_width: int,
+    alignment: Alignment,
+    embedding_width: int | None = None,
+    label_smoothing: float = 0.0,
+) -> FeedbackHead:
+    """Build the head of one block.
+
+    Args:
+        config: How blocks are taught. `"auto"` becomes direct feedback with Gaussian messages for targets that can be
+            counted, and the target itself in its natural family for the others.
+        task: What is to be predicted.
+        hidden_width: Width of the block's output.
+        alignment: What the readout looks at.
+        embedding_width: Width of the model's target embedding, for a vocabulary.
+        label_smoothing: As in `TrainingArguments.label_smoothing_factor`.
+
+    Raises:
+        TargetError: If the chosen feedback or family cannot carry targets of this task.
+    """
+    feedback_name = config.feedback
+    if feedback_name == "auto":
+        feedback_name = "direct" if DirectFeedback.fits(task) else "label"
+    network = FEEDBACK[feedback_name]
+    if not network.fits(task):
+        raise TargetError(
+            f"feedback={config.feedback!r} cannot carry {task.target!r} targets: it contrasts a target with all "
+            "others, which needs a finite set. Use feedback='auto' or 'label'."
+        )
+    natural = _NATURAL_FAMILY[task.target]
+    family = config.family
+    if family == "auto":
+        family = natural if feedback_name == "label" else "gaussian"
+    if feedback_name == "label" and family != natural:
+        raise TargetError(
+            f"family={family!r} does not describe {task.target!r} targets, and with feedback='label' the latent is "
+            f"the target. Use family='auto' or {natural!r}."
+        )
+    feedback = network(task, latent_dim=config.latent_dim, embedding_width=embedding_width)
+    loss = LOSSES[feedback.loss](get_family(family), label_smoothing=label_smoothing)
+    readout = LinearReadout(hidden_width, feedback.units)
+    return FeedbackHead(readout, feedback, loss, alignment=alignment, pooling=config.pooling)
+
+
+__all__ = [
+    "FEEDBACK",
+    "DirectFeedback",
+    "FeedbackHead",
+    "FeedbackNetwork",
+    "LabelFeedback",
+    "LinearReadout",
+    "build_head",
+]

@@ -1,0 +1,56 @@
+"""A feedback head: what stands at the end of a block and turns its output and the target into a loss."""
+
+# Shapes: B batch, S sequence, D hidden width, N targets, C classes or candidates, Z units of the latent.
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from hf_blocklocal.feedback.base import FeedbackNetwork
+from hf_blocklocal.losses import LocalLoss, Messages
+from hf_blocklocal.targets import Alignment, Pooling, Targets
+
+
+class FeedbackHead(nn.Module):
+    """Readout of the block, feedback network from the target, and the loss where the two messages meet.
+
+    Args:
+        readout: Maps rows of the hidden state (R, D) to natural parameters (R, Z).
+        feedback: Maps targets to natural parameters.
+        loss: Compares the two.
+        alignment: Whether each target has its own position in the hidden state.
+        pooling: How a sample's hidden states are pooled where it has not.
+    """
+
+    def __init__(
+        self, readout: nn.Module, feedback: FeedbackNetwork, loss: LocalLoss, *, alignment: Alignment, pooling: Pooling
+    ) -> None:
+        super().__init__()
+        self.readout = readout
+        self.feedback = feedback
+        self.loss = loss
+        self.alignment = alignment
+        self.pooling = pooling
+
+    def messages(self, hidden: Tensor, targets: Targets) -> Messages:
+        """Compute both messages.
+
+        Args:
+            hidden: Output of the block, (B, S, D).
+            targets: Targets of the batch.
+        """
+        rows_RD, index_N = targets.rows(hidden, self.alignment, self.pooling)
+        forward = self.readout(rows_RD)
+        return Messages(forward if index_N is None else forward[index_N], self.feedback(targets), targets)
+
+    def forward(self, hidden: Tensor, targets: Targets) -> Tensor:
+        """Return the loss of each target, (N,), in nats."""
+        return self.loss(self.messages(hidden, targets))
+
+    def logits(self, hidden: Tensor, targets: Targets) -> Tensor:
+        """Return what the block would predict for each target, (N, C)."""
+        return self.loss.logits(self.messages(hidden, targets))
+
+    def extra_repr(self) -> str:
+        """Name what the readout looks at."""
+        return self.alignment if self.alignment == "position" else f"pooled by {self.pooling}"

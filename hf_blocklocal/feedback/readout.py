@@ -1,0 +1,25 @@
+"""From the hidden state of a block to the natural parameters of its forward message."""
+
+# Shapes: R rows, D hidden width, Z units of the latent.
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+
+class LinearReadout(nn.Module):
+    """A layer norm, because the scale of hidden states drifts with depth, and one linear map.
+
+    Args:
+        hidden_width: Width D of the block's output.
+        units: Units Z of the latent.
+    """
+
+    def __init__(self, hidden_width: int, units: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(hidden_width)
+        self.linear = nn.Linear(hidden_width, units)
+
+    def forward(self, rows_RD: Tensor) -> Tensor:
+        """Return natural parameters, (R, Z)."""
+        return self.linear(self.norm(rows_RD.to(self.norm.weight.dtype)))

@@ -1,0 +1,12 @@
+"""Local losses, one per file. To add one: a subclass of `LocalLoss`, a line below, a test."""
+
+from __future__ import annotations
+
+from hf_blocklocal.losses.agreement import Agreement
+from hf_blocklocal.losses.base import LocalLoss, Messages
+from hf_blocklocal.losses.contrast import Contrast
+
+
+LOSSES: dict[str, type[LocalLoss]] = {"agreement": Agreement, "contrast": Contrast}
+
+__all__ = ["LOSSES", "Agreement", "Contrast", "LocalLoss", "Messages"]

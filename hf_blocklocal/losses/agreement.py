@@ -1,0 +1,26 @@
+"""Agreement of the forward message with the observed target."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from hf_blocklocal.losses.base import LocalLoss, Messages
+
+
+class Agreement(LocalLoss):
+    """Minus the log overlap of the block's message with the target itself.
+
+    `L = -log integral alpha(z) beta(z) dz` with beta a point mass at the target: cross-entropy for a categorical
+    latent, binary cross-entropy for Bernoulli latents, a quarter of the squared error for Gaussian ones. With a
+    learned backward message it would be smallest where both messages are constant, so it is not offered for one.
+    """
+
+    citation = "Kappel et al. (2023), Block-local learning with probabilistic latent representations, arXiv 2305.14974"
+
+    def forward(self, messages: Messages) -> Tensor:
+        """Return the loss of each target, (N,)."""
+        return self.family.surprise(messages.forward_NZ, messages.targets.values, self.label_smoothing)
+
+    def logits(self, messages: Messages) -> Tensor:
+        """Return the natural parameters themselves, (N, C)."""
+        return messages.forward_NZ.float()

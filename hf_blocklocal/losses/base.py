@@ -1,0 +1,59 @@
+"""The contract of a local loss: two messages in, one number per target out."""
+
+# Shapes: N targets, C classes or candidates, Z units of the latent.
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor, nn
+
+from hf_blocklocal.families import Family
+from hf_blocklocal.targets import Targets
+
+
+@dataclass(frozen=True)
+class Messages:
+    """What meets at the end of a block.
+
+    Attributes:
+        forward_NZ: Natural parameters a of the forward message, read from the block for every target.
+        backward_CZ: Natural parameters b of the backward message of every possible target; None where the message is
+            the observed target itself.
+        targets: The targets.
+    """
+
+    forward_NZ: Tensor
+    backward_CZ: Tensor | None
+    targets: Targets
+
+
+class LocalLoss(nn.Module, ABC):
+    """A loss that a block learns from. One subclass, one file, one line in the registry, one test.
+
+    Args:
+        family: The family of the messages.
+        label_smoothing: Weight of the uniform distribution mixed into class targets, 0 to 1.
+    """
+
+    citation: ClassVar[str]
+
+    def __init__(self, family: Family, *, label_smoothing: float = 0.0) -> None:
+        super().__init__()
+        self.family = family
+        self.label_smoothing = label_smoothing
+
+    @abstractmethod
+    def forward(self, messages: Messages) -> Tensor:
+        """Return the loss of each target, (N,), in nats."""
+
+    @abstractmethod
+    def logits(self, messages: Messages) -> Tensor:
+        """Return what the block would predict, (N, C): in the form of the model's own logits."""
+
+    def extra_repr(self) -> str:
+        """Name the family, and the smoothing if there is any."""
+        smoothing = f", label_smoothing={self.label_smoothing}" if self.label_smoothing else ""
+        return f"family={self.family.name}{smoothing}"

@@ -1,0 +1,37 @@
+"""Contrast of the target's message with the messages of all other targets."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from hf_blocklocal.losses.base import LocalLoss, Messages
+
+
+class Contrast(LocalLoss):
+    """Minus the log posterior of the target, given how well each target's message overlaps with the block's.
+
+    `L = -log [Z(a, b(y)) / sum_y' Z(a, b(y'))]` with a uniform prior over targets. A proper conditional likelihood:
+    unlike bare agreement it cannot collapse to constant messages. Over a vocabulary, the sum runs over the
+    candidates, each weighted by the tokens it stands for.
+    """
+
+    citation = "Kappel et al. (2023), Block-local learning with probabilistic latent representations, arXiv 2305.14974"
+
+    def forward(self, messages: Messages) -> Tensor:
+        """Return the loss of each target, (N,)."""
+        scores_NC = self.logits(messages)
+        candidates = messages.targets.candidates
+        log_weights_C = scores_NC.new_zeros(()) if candidates is None else candidates.log_weights_C
+        size = scores_NC.shape[-1] if candidates is None else candidates.vocabulary
+        log_total_N = (scores_NC + log_weights_C).logsumexp(-1)
+        loss_N = log_total_N - scores_NC.gather(1, messages.targets.values.unsqueeze(1)).squeeze(1)
+        if self.label_smoothing == 0:
+            return loss_N
+        mean_score_N = (scores_NC * log_weights_C.exp()).sum(-1) / size
+        return (1 - self.label_smoothing) * loss_N + self.label_smoothing * (log_total_N - mean_score_N)
+
+    def logits(self, messages: Messages) -> Tensor:
+        """Return the log overlap with every candidate's message, (N, C), up to a term per row."""
+        assert messages.backward_CZ is not None, "contrast needs a message for every candidate"
+        return self.family.overlap(messages.forward_NZ, messages.backward_CZ).to(torch.float32)

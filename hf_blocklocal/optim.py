@@ -1,0 +1,71 @@
+"""Clip and step the parameters of one block at a time.
+
+Whatever couples parameters, such as a gradient norm, is taken per block: then a block is trained the same whether the
+other blocks live in this process or in another one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from hf_blocklocal.errors import UnsupportedSettingError
+
+
+def clip_block_(parameters: Sequence[nn.Parameter], max_norm: float) -> Tensor | None:
+    """Scale the gradients of one block down to a norm, in place.
+
+    Args:
+        parameters: The parameters of the block; those without gradient do not count.
+        max_norm: Largest norm to leave; infinity only measures.
+
+    Returns:
+        The norm before clipping, None if no parameter has a gradient.
+    """
+    with_gradient = [parameter for parameter in parameters if parameter.grad is not None]
+    return torch.nn.utils.clip_grad_norm_(with_gradient, max_norm) if with_gradient else None
+
+
+def total_norm(norms: Sequence[Tensor | None]) -> Tensor:
+    """Return the norm of all blocks' gradients together."""
+    known = [norm.float() for norm in norms if norm is not None]
+    if not known:
+        return torch.tensor(0.0)
+    if len(known) == 1:
+        return known[0]
+    return torch.stack([norm.to(known[0].device) for norm in known]).square().sum().sqrt()
+
+
+def step_block_(optimizer: torch.optim.Optimizer, parameters: Sequence[nn.Parameter]) -> None:
+    """Step one block with an optimizer that holds all of them, and free the block's gradients.
+
+    The optimizer sees, for the length of this step, only the block's parameters. Its state is kept per parameter, so
+    the result is the same as if all blocks were stepped at once.
+    """
+    mine = {id(parameter) for parameter in parameters}
+    groups = optimizer.param_groups
+    optimizer.param_groups = [
+        {**group, "params": [parameter for parameter in group["params"] if id(parameter) in mine]} for group in groups
+    ]
+    try:
+        optimizer.step()
+    finally:
+        optimizer.param_groups = groups
+    for parameter in parameters:
+        parameter.grad = None
+
+
+def check_steps_by_block(optimizer: torch.optim.Optimizer) -> None:
+    """Refuse to step per block an optimizer whose state is not per parameter.
+
+    Raises:
+        UnsupportedSettingError: For schedule-free optimizers and those without ordinary parameter groups.
+    """
+    if callable(getattr(optimizer, "train", None)) or not optimizer.param_groups:
+        raise UnsupportedSettingError(
+            "step_per_block=True needs an optimizer whose state is kept per parameter, and "
+            f"{type(optimizer).__name__} keeps some for all of them. Use step_per_block=False: "
+            "the weights come out the same."
+        )

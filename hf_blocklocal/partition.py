@@ -1,0 +1,111 @@
+"""Cut a stack of layers into contiguous blocks.
+
+Everything here is arithmetic on layer indices: no tensors, no devices, no Hugging Face.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+from hf_blocklocal.errors import CutError
+
+
+@dataclass(frozen=True)
+class Span:
+    """The layers `start`, ..., `stop - 1` of the model, in the order of execution."""
+
+    start: int
+    stop: int
+
+    @property
+    def last(self) -> int:
+        """Index of the last layer of the span."""
+        return self.stop - 1
+
+    def __len__(self) -> int:
+        return self.stop - self.start
+
+    def __contains__(self, layer: int) -> bool:
+        return self.start <= layer < self.stop
+
+
+def even_spans(num_layers: int, num_blocks: int) -> list[Span]:
+    """Cut a stack into blocks whose sizes differ by at most one layer; the later blocks are the larger ones.
+
+    Args:
+        num_layers: Layers in the stack.
+        num_blocks: Blocks to cut it into.
+
+    Returns:
+        One span per block, in forward order, without gap or overlap.
+
+    Raises:
+        CutError: If a block would be left without a layer.
+    """
+    _check_enough_layers(num_layers, num_blocks)
+    edges = [num_layers * block // num_blocks for block in range(num_blocks + 1)]
+    return [Span(start, stop) for start, stop in pairwise(edges)]
+
+
+def spans_from_boundaries(num_layers: int, boundaries: Sequence[int]) -> list[Span]:
+    """Cut a stack in front of the given layers.
+
+    Args:
+        num_layers: Layers in the stack.
+        boundaries: First layer of every block but the first, in ascending order.
+
+    Returns:
+        One span per block, `len(boundaries) + 1` in all.
+
+    Raises:
+        CutError: If the boundaries are not strictly ascending between 1 and `num_layers - 1`.
+    """
+    edges = [0, *boundaries, num_layers]
+    if any(start >= stop for start, stop in pairwise(edges)):
+        raise CutError(
+            f"Cannot cut {num_layers} layers at boundaries {list(boundaries)}: each is the first layer of a block, so "
+            f"they must ascend strictly and lie between 1 and {num_layers - 1}."
+        )
+    return [Span(start, stop) for start, stop in pairwise(edges)]
+
+
+def spans_by_cost(costs: Sequence[float], num_blocks: int) -> list[Span]:
+    """Cut a stack so that the costliest block is as cheap as possible.
+
+    Args:
+        costs: Cost of each layer, in any unit; what runs before the first or after the last layer is added to those.
+        num_blocks: Blocks to cut the stack into.
+
+    Returns:
+        One span per block, in forward order, without gap or overlap. Among equally good cuts, the one whose earlier
+        boundaries come first.
+
+    Raises:
+        CutError: If a block would be left without a layer.
+    """
+    num_layers = len(costs)
+    _check_enough_layers(num_layers, num_blocks)
+    total = [0.0]
+    for cost in costs:
+        total.append(total[-1] + cost)
+    # best[stop] = (costliest block, edges) over all cuts of the first `stop` layers into the blocks so far
+    best = {stop: (total[stop], [0, stop]) for stop in range(1, num_layers + 1)}
+    for blocks in range(2, num_blocks + 1):
+        best = {
+            stop: min(
+                (max(best[start][0], total[stop] - total[start]), [*best[start][1], stop])
+                for start in range(blocks - 1, stop)
+            )
+            for stop in range(blocks, num_layers + 1)
+        }
+    return [Span(start, stop) for start, stop in pairwise(best[num_layers][1])]
+
+
+def _check_enough_layers(num_layers: int, num_blocks: int) -> None:
+    if not 1 <= num_blocks <= num_layers:
+        raise CutError(
+            f"Cannot cut {num_layers} layers into {num_blocks} blocks: every block needs a layer. "
+            f"Choose num_blocks between 1 and {num_layers}."
+        )

@@ -1,0 +1,79 @@
+"""Training arguments that cannot work block-locally (yet), each refused by name before anything is run."""
+
+from __future__ import annotations
+
+from transformers import TrainingArguments
+
+from hf_blocklocal.config import BlockLocalConfig
+from hf_blocklocal.errors import UnsupportedSettingError
+from hf_blocklocal.targets import Task
+
+
+_SHARDING = {
+    "deepspeed": "DeepSpeed",
+    "fsdp": "FSDP",
+    "parallelism_config": "a ParallelismConfig (tensor, context or sequence parallelism)",
+}
+
+
+def check_arguments(args: TrainingArguments, config: BlockLocalConfig) -> None:
+    """Refuse training arguments that do not go together with blocks.
+
+    Raises:
+        UnsupportedSettingError: For the first such argument.
+    """
+    for name, what in _SHARDING.items():
+        if getattr(args, name, None):
+            raise UnsupportedSettingError(
+                f"{name} is set, but {what} is not supported: it runs one backward pass through the whole model, and "
+                "block-local learning has one per block. Unset it; data parallelism with accelerate launch works."
+            )
+    optim = str(getattr(args.optim, "value", args.optim))
+    if "lomo" in optim or "layerwise" in optim:
+        raise UnsupportedSettingError(
+            f"optim={optim!r} steps inside the backward pass, which here runs once per block. Use another optimizer, "
+            "with step_per_block=True to keep the gradients of only one block."
+        )
+    for name in ("activation_checkpointing_kwargs", "gradient_checkpointing_kwargs"):
+        if (getattr(args, name, None) or {}).get("use_reentrant"):
+            raise UnsupportedSettingError(
+                f"{name}={{'use_reentrant': True}} needs an input that requires gradient, and a block's input has "
+                "none. Use {'use_reentrant': False}, which is the default."
+            )
+    if config.step_per_block and args.fp16:
+        raise UnsupportedSettingError(
+            "step_per_block=True and fp16=True exclude each other: the loss scaler unscales all gradients at once. "
+            "Use bf16=True, or step_per_block=False."
+        )
+
+
+def check_launcher(distributed_type: str) -> None:
+    """Refuse sharding that was asked for by `accelerate config` or the environment, not by an argument.
+
+    Raises:
+        UnsupportedSettingError: If accelerate was started with something other than data parallelism.
+    """
+    kind = str(getattr(distributed_type, "value", distributed_type)).upper()
+    if kind in ("DEEPSPEED", "FSDP", "MEGATRON_LM"):
+        raise UnsupportedSettingError(
+            f"accelerate was launched with {kind}, which is not supported: block-local learning runs a backward pass "
+            "per block. Launch with plain multi-GPU data parallelism."
+        )
+
+
+def check_loss_settings(task: Task, *, label_smoothing: float, custom_loss: bool) -> None:
+    """Refuse changes to the model's own loss that the heads cannot follow.
+
+    Raises:
+        UnsupportedSettingError: For label smoothing of a regression, and for a `compute_loss_func` with a target per
+            position.
+    """
+    if label_smoothing and task.target == "regression":
+        raise UnsupportedSettingError(
+            f"label_smoothing_factor={label_smoothing} has no meaning for regression targets. Set it to 0."
+        )
+    if custom_loss and task.per_position:
+        raise UnsupportedSettingError(
+            "compute_loss_func cannot teach the blocks of a model with a target per position: their heads predict "
+            "only the positions that count, among sampled candidates. Leave it out, or use num_blocks=1."
+        )

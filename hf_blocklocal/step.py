@@ -1,0 +1,115 @@
+"""One local training step: the model's own forward, and a loss and a backward pass wherever a block ends.
+
+The last block learns from the model's own loss, which is the caller's to compute and to send back: for it, nothing is
+different from ordinary training.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from hf_blocklocal.anatomy import RouterLoss
+from hf_blocklocal.blocks import Boundaries, Cut
+from hf_blocklocal.errors import NonFiniteLossError
+from hf_blocklocal.feedback import FeedbackHead
+from hf_blocklocal.targets import Targets
+
+
+@dataclass
+class StepReport:
+    """What the blocks have said in one step.
+
+    Attributes:
+        losses: Loss of each block that has learned so far, detached, scaled as it was sent back.
+    """
+
+    losses: list[Tensor] = field(default_factory=list)
+
+    def check_finite(self, step: int) -> None:
+        """Stop before a loss that is not a number reaches a weight.
+
+        Args:
+            step: Optimizer step under way, for the message.
+
+        Raises:
+            NonFiniteLossError: If the loss of a block is NaN or infinite.
+        """
+        device = self.losses[-1].device
+        finite = torch.stack([loss.float().to(device) for loss in self.losses]).isfinite().tolist()
+        if not all(finite):
+            block = finite.index(False)
+            raise NonFiniteLossError(
+                f"The loss of block {block} is {self.losses[block].item()} at step {step}. No weight has been touched "
+                "by it: those of this block are as after its last step, and finite. Look at the data of this batch, "
+                "lower the learning rate, or use bf16 instead of fp16; then resume from the last checkpoint."
+            )
+
+
+class LocalStep:
+    """Teaches every block but the last while the model's own forward runs.
+
+    Args:
+        model: The model, whole.
+        cut: Where it is cut.
+        heads: The feedback head of every block but the last.
+        router_loss: Load-balancing loss of a mixture of experts, if the model adds one.
+    """
+
+    def __init__(
+        self, model: nn.Module, cut: Cut, heads: Sequence[FeedbackHead], router_loss: RouterLoss | None = None
+    ) -> None:
+        self.heads = heads
+        self.router_loss = router_loss
+        self.boundaries = Boundaries(model, cut, router_loss.routers if router_loss else None)
+        self._layer_share = [len(span) / len(cut.layers) for span in cut.spans]
+
+    @contextmanager
+    def teach(
+        self,
+        targets: Targets,
+        *,
+        scale: Tensor | float,
+        backward: Callable[[Tensor], None],
+        learned: Callable[[int, StepReport], None],
+        custom_loss: Callable[[Tensor], Tensor] | None = None,
+    ) -> Iterator[StepReport]:
+        """Let each block learn at its end, in the forward pass that runs inside the `with`.
+
+        Args:
+            targets: Targets of this micro-batch.
+            scale: What the sum of the losses of all targets is multiplied with.
+            backward: Runs a backward pass from a loss.
+            learned: Called with a block, and the report so far, when its gradients are complete.
+            custom_loss: Maps the logits (B, C) that a head predicts to a loss, in place of the head's own.
+
+        Yields:
+            The report, filled as the forward pass comes by the ends of the blocks.
+        """
+        report = StepReport()
+
+        def leave(block: int, hidden: Tensor, router_logits: tuple[Tensor, ...]) -> None:
+            head = self.heads[block]
+            if custom_loss is None:
+                loss = head(hidden, targets).sum() * scale
+            else:
+                loss = custom_loss(head.logits(hidden, targets))
+            report.losses.append(loss.detach())
+            loss = loss + self._router_loss(block, router_logits, targets) if router_logits else loss
+            if loss.requires_grad:
+                with torch.autocast(hidden.device.type, enabled=False):
+                    backward(loss)
+            learned(block, report)
+
+        with self.boundaries.attached(leave):
+            yield report
+
+    def _router_loss(self, block: int, router_logits: tuple[Tensor, ...], targets: Targets) -> Tensor:
+        """Return a block's part in the router loss: that of its own layers, in proportion to their number."""
+        assert self.router_loss is not None
+        balance = self.router_loss.balance(router_logits, targets.mask_BS)
+        return self.router_loss.coefficient * self._layer_share[block] * balance

@@ -1,0 +1,242 @@
+"""What a batch asks of the model, and which rows of a hidden state have to answer.
+
+Turns labels of any of the usual shapes into one flat list of targets, so that heads and losses never see padding,
+`-100`, shifted labels or the difference between an encoder and a decoder.
+"""
+
+# Shapes: B batch, S sequence, D hidden width, C classes or vocabulary, M outputs per sample, N targets that count,
+# R rows that a readout looks at, E embedding width of a target token.
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from hf_blocklocal.errors import TargetError
+
+
+IGNORED = -100
+
+TargetKind = Literal["classes", "vocabulary", "multi_label", "regression"]
+Alignment = Literal["pooled", "position"]
+Pooling = Literal["mean", "first", "last"]
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is to be predicted.
+
+    Attributes:
+        target: Kind of one target.
+        size: Classes, tokens of the vocabulary, labels or outputs to choose from.
+        per_position: Whether every position of the sequence has its own target.
+        shifted: Whether position i predicts the label at i + 1.
+    """
+
+    target: TargetKind
+    size: int
+    per_position: bool = False
+    shifted: bool = False
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """The tokens that a contrast over a vocabulary runs over, shared by all blocks of a step.
+
+    Attributes:
+        embeddings_CE: Row of the model's own target embedding for each candidate, without gradient.
+        log_weights_C: Logarithm of how many tokens each candidate stands for: 0 for the targets of the batch,
+            `log((V - |T|) / M)` for the M negatives drawn among the other `V - |T|` tokens.
+        vocabulary: Tokens in all, V.
+    """
+
+    embeddings_CE: Tensor
+    log_weights_C: Tensor
+    vocabulary: int
+
+
+@dataclass(frozen=True)
+class Targets:
+    """The targets of one micro-batch that count, flat.
+
+    Attributes:
+        task: What they are targets of.
+        values: (N,) class or candidate indices, or (N, M) floats.
+        samples_N: Row of the batch that each target belongs to.
+        positions_N: Place in the flattened (B * S) sequence whose hidden state predicts it, None without positions.
+        shape_BS: Shape of the labels with positions, None without.
+        mask_BS: Attention mask of the inputs, None if there is none.
+        candidates: Candidates of a vocabulary, None for other tasks.
+    """
+
+    task: Task
+    values: Tensor
+    samples_N: Tensor
+    positions_N: Tensor | None = None
+    shape_BS: tuple[int, int] | None = None
+    mask_BS: Tensor | None = None
+    candidates: Candidates | None = None
+
+    def __len__(self) -> int:
+        return self.values.shape[0]
+
+    @property
+    def elements(self) -> int:
+        """Numbers to predict: N, times M where a target has several."""
+        return self.values.numel()
+
+    def rows(self, hidden: Tensor, alignment: Alignment, pooling: Pooling) -> tuple[Tensor, Tensor | None]:
+        """Pick what a readout has to look at.
+
+        Args:
+            hidden: Output of a block, (B, S, D) or (B, D, height, width).
+            alignment: One row per target position, or one pooled row per sample.
+            pooling: How to pool.
+
+        Returns:
+            Rows (R, D), and for each target the index of its row (N,), or None where rows and targets are the same.
+        """
+        if alignment == "position":
+            return hidden.flatten(0, 1)[self.positions_N], None
+        return pool(hidden, self.mask_BS, pooling), self.samples_N
+
+
+def pool(hidden: Tensor, mask_BS: Tensor | None, pooling: Pooling) -> Tensor:
+    """Reduce a sequence of hidden states to one row per sample; padding does not count.
+
+    Args:
+        hidden: (B, S, D), or (B, D, height, width) as convolutional nets have it.
+        mask_BS: 1 where there is input, 0 where there is padding. Left aside if its length is not S.
+        pooling: `"mean"` over the sequence, or its `"first"` or `"last"` state.
+
+    Returns:
+        (B, D).
+    """
+    hidden_BSD = hidden.flatten(2).transpose(1, 2) if hidden.dim() == 4 else hidden
+    if mask_BS is None or mask_BS.shape != hidden_BSD.shape[:2]:
+        mask_BS = torch.ones(hidden_BSD.shape[:2], device=hidden.device)
+    if pooling == "mean":
+        weights_BS1 = mask_BS.to(hidden_BSD.dtype).unsqueeze(-1)
+        return (hidden_BSD * weights_BS1).sum(1) / weights_BS1.sum(1).clamp(min=1)
+    present_BS = mask_BS.to(torch.int32)
+    index_B = present_BS.argmax(1) if pooling == "first" else mask_BS.shape[1] - 1 - present_BS.flip(1).argmax(1)
+    return hidden_BSD[torch.arange(hidden_BSD.shape[0], device=hidden.device), index_B]
+
+
+def describe_task(
+    labels: Tensor, logits: Tensor, *, vocabulary: int | None, shifted: bool, problem_type: str | None
+) -> Task:
+    """Infer from the shapes of labels and logits what is to be predicted.
+
+    Args:
+        labels: The labels of a batch.
+        logits: What the model makes of it, (B, C) or (B, S, C).
+        vocabulary: Tokens that a language-model head chooses from, None without one.
+        shifted: Whether position i predicts label i + 1.
+        problem_type: `config.problem_type` of the model, if it has one.
+
+    Raises:
+        TargetError: If no feedback head fits.
+    """
+    size = logits.shape[-1]
+    is_integer = not labels.is_floating_point() and labels.dtype != torch.bool
+    if logits.dim() == 3 and is_integer and labels.shape == logits.shape[:2]:
+        if size == vocabulary:
+            return Task("vocabulary", size, per_position=True, shifted=shifted)
+        return Task("classes", size, per_position=True)
+    if logits.dim() == 2:
+        if problem_type == "regression" or (not is_integer and size == 1):
+            return Task("regression", size)
+        if is_integer and labels.shape == logits.shape[:1]:
+            return Task("classes", size)
+        if not is_integer and labels.shape == logits.shape:
+            return Task("multi_label", size)
+    raise TargetError(
+        f"No feedback head fits labels of shape {tuple(labels.shape)} ({labels.dtype}) for logits of shape "
+        f"{tuple(logits.shape)}. There are heads for one class per sample (B,), one per position (B, S), float labels "
+        "(B, C) and regression targets (B,) or (B, M)."
+    )
+
+
+def labels_of(inputs: Mapping[str, Tensor]) -> Tensor:
+    """Return the labels of a batch.
+
+    Raises:
+        TargetError: If there are none.
+    """
+    labels = inputs.get("labels")
+    if labels is None:
+        raise TargetError(
+            f"The batch holds no 'labels', only {sorted(inputs)}: block-local learning needs the target at every "
+            "block. Add a 'labels' column to the data set, or use a data collator that makes one."
+        )
+    return labels
+
+
+def read_targets(task: Task, inputs: Mapping[str, Tensor]) -> Targets:
+    """Flatten the labels of a batch to the targets that count.
+
+    Args:
+        task: What the labels mean.
+        inputs: The model's inputs with `labels`, or `shift_labels` where a collator has shifted them already.
+
+    Returns:
+        The targets, none at all if every label is -100. Vocabulary targets are still token ids, without candidates.
+    """
+    labels = labels_of(inputs)
+    mask_BS = inputs.get("attention_mask")
+    mask_BS = mask_BS if mask_BS is not None and mask_BS.dim() == 2 else None
+    if not task.per_position:
+        values = (
+            labels.reshape(labels.shape[0], -1).float() if task.target in ("multi_label", "regression") else labels
+        )
+        samples_N = torch.arange(labels.shape[0], device=labels.device)
+        if task.target == "classes":
+            samples_N = samples_N[labels != IGNORED]
+            values = labels[samples_N]
+        return Targets(task, values, samples_N, mask_BS=mask_BS)
+    if "shift_labels" in inputs:
+        labels = inputs["shift_labels"]
+    elif task.shifted:
+        labels = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORED)
+    positions_N = (labels.reshape(-1) != IGNORED).nonzero().squeeze(1)
+    return Targets(
+        task,
+        labels.reshape(-1)[positions_N],
+        samples_N=positions_N // labels.shape[1],
+        positions_N=positions_N,
+        shape_BS=(labels.shape[0], labels.shape[1]),
+        mask_BS=mask_BS,
+    )
+
+
+def choose_alignment(
+    task: Task, hidden_shape: tuple[int, ...], labels_shape: tuple[int, ...], *, final_stack: bool
+) -> Alignment:
+    """Choose what a block's readout looks at.
+
+    Args:
+        task: What is to be predicted.
+        hidden_shape: Shape of the block's output.
+        labels_shape: Shape of the labels of the same batch.
+        final_stack: Whether the block ends in the model's last stack; the encoder of an encoder-decoder does not.
+
+    Returns:
+        `"position"` where hidden states and labels go together position by position. `"pooled"` for targets of whole
+        samples, and for encoders, whose pooled state is taught by all target tokens of its sample.
+
+    Raises:
+        TargetError: If targets and hidden states have different lengths.
+    """
+    if not task.per_position or not final_stack:
+        return "pooled"
+    if tuple(hidden_shape[:2]) != tuple(labels_shape):
+        raise TargetError(
+            f"The labels have shape {tuple(labels_shape)} but a block puts out {tuple(hidden_shape)}: a target per "
+            "position needs a hidden state per position. Methods that add tokens in front are not supported."
+        )
+    return "position"

@@ -1,0 +1,216 @@
+"""Confirm by one small batch what structure suggests: the order of the layers, their widths, their costs, the task.
+
+Runs the model's own forward without dropout and leaves it as it was; knows nothing of losses or of training.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from hf_blocklocal.anatomy import (
+    Stack,
+    check_layers_run_once,
+    shifts_labels,
+    vocabulary_size,
+)
+from hf_blocklocal.blocks import Boundaries, Cut, first_tensor, reached_parameters
+from hf_blocklocal.config import BlockLocalConfig
+from hf_blocklocal.errors import CutError, TargetError
+from hf_blocklocal.partition import Span, even_spans, spans_by_cost, spans_from_boundaries
+from hf_blocklocal.targets import Task, describe_task, labels_of
+
+
+@dataclass(frozen=True)
+class Trace:
+    """What one batch has shown of a model.
+
+    Attributes:
+        layers: Dotted names of the layers in the order of execution.
+        stacks: For each layer, the stack it belongs to, numbered in the order of execution.
+        shapes: For each layer, the shape of its hidden state.
+        costs: For each layer, its floating-point operations; those of the parts before the first and behind the last
+            layer are added to these two.
+        task: What is to be predicted.
+        labels_shape: Shape of the labels of the batch.
+        counts_items: Whether the model's loss heeds `num_items_in_batch`.
+    """
+
+    layers: tuple[str, ...]
+    stacks: tuple[int, ...]
+    shapes: tuple[tuple[int, ...], ...]
+    costs: tuple[float, ...]
+    task: Task
+    labels_shape: tuple[int, ...]
+    counts_items: bool
+
+    def ends_in_final_stack(self, layer: int) -> bool:
+        """Tell whether a layer belongs to the stack that the model's output comes from."""
+        return self.stacks[layer] == self.stacks[-1]
+
+
+@torch.no_grad()
+def trace_layers(model: nn.Module, stacks: Sequence[Stack], inputs: Mapping[str, Any]) -> Trace:
+    """Run a model once and write down what its layers did.
+
+    Args:
+        model: The model.
+        stacks: The stacks that structure suggests. One that does not run at all is left aside.
+        inputs: A small batch with labels, on the model's device.
+
+    Raises:
+        LayersNotFoundError: If only some layers of a stack ran.
+        SharedLayersError: If a layer ran more than once.
+        TargetError: If the labels are missing, or no head fits them.
+    """
+    labels = labels_of(inputs)
+    calls = {path: 0 for stack in stacks for path in stack.layers}
+    order: list[str] = []
+    shapes: dict[str, tuple[int, ...]] = {}
+    marks: list[float] = []
+    flops = FlopCounterMode(display=False)
+
+    def entered(path: str) -> None:
+        calls[path] += 1
+        order.append(path)
+        marks.append(flops.get_total_flops())
+
+    handles = []
+    for path in calls:
+        layer = model.get_submodule(path)
+        handles.append(layer.register_forward_pre_hook(lambda *_, path=path: entered(path)))
+        handles.append(
+            layer.register_forward_hook(
+                lambda _layer, _args, output, path=path: shapes.update({path: tuple(first_tensor(output).shape)})
+            )
+        )
+    try:
+        with inference_mode_of(model), flops:
+            outputs = model(**inputs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    loss, logits = _output(model, outputs, "loss", 0), _output(model, outputs, "logits", 1)
+    used = [stack for stack in stacks if any(calls[path] for path in stack.layers)]
+    check_layers_run_once(model, {path: calls[path] for stack in (used or stacks) for path in stack.layers})
+    stack_of = {path: number for number, stack in enumerate(used) for path in stack.layers}
+    return Trace(
+        layers=tuple(order),
+        stacks=tuple(stack_of[path] for path in order),
+        shapes=tuple(shapes[path] for path in order),
+        costs=_costs(marks, flops.get_total_flops()),
+        task=describe_task(
+            labels,
+            logits,
+            vocabulary=vocabulary_size(model),
+            shifted=shifts_labels(model, loss, logits, labels),
+            problem_type=getattr(getattr(model, "config", None), "problem_type", None),
+        ),
+        labels_shape=tuple(labels.shape),
+        counts_items=_counts_items(model, inputs, loss),
+    )
+
+
+def plan_cut(trace: Trace, config: BlockLocalConfig) -> Cut:
+    """Decide where to cut.
+
+    Raises:
+        CutError: If the layers cannot be cut as asked.
+    """
+    num_layers = len(trace.layers)
+    spans: list[Span]
+    if config.boundaries is not None:
+        spans = spans_from_boundaries(num_layers, config.boundaries)
+    elif config.balance == "cost":
+        spans = spans_by_cost(trace.costs, config.num_blocks)
+    else:
+        spans = even_spans(num_layers, config.num_blocks)
+    return Cut(trace.layers, trace.stacks, tuple(spans))
+
+
+def trace_owners(model: nn.Module, boundaries: Boundaries, inputs: Mapping[str, Any]) -> dict[str, int]:
+    """Find out which block's loss reaches which parameter.
+
+    A parameter inside a layer belongs to that layer's block. One outside belongs to the last block whose loss reaches
+    it, so that a tied embedding is stepped when the gradients of both its uses are there.
+
+    Args:
+        model: The model.
+        boundaries: Its cut.
+        inputs: A small batch with labels, on the model's device.
+
+    Returns:
+        The block of every parameter, by name. Parameters that no loss reaches go to the last block.
+
+    Raises:
+        CutError: If the loss of a block reaches a layer of another one, so that no cut is possible here.
+    """
+    cut = boundaries.cut
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    owners = dict.fromkeys(names.values(), cut.num_blocks - 1)
+
+    def note(block: int, output: Tensor, router_logits: tuple[Tensor, ...] = ()) -> None:
+        for name in (names[parameter] for parameter in reached_parameters(output) if parameter in names):
+            inside = cut.block_of_path(name)
+            if inside not in (None, block):
+                raise CutError(
+                    f"The loss of block {block} would reach {name}, a layer of block {inside}: {type(model).__name__} "
+                    "hands something between its layers that cannot be cut here. Choose other boundaries."
+                )
+            owners[name] = block
+
+    with inference_mode_of(model), torch.enable_grad(), boundaries.attached(note):
+        outputs = model(**inputs)
+        note(cut.num_blocks - 1, _output(model, outputs, "loss", 0))
+    return owners | {name: block for name in owners if (block := cut.block_of_path(name)) is not None}
+
+
+@contextmanager
+def inference_mode_of(model: nn.Module) -> Iterator[None]:
+    """Put every module into evaluation mode, and back into the mode it was in."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+
+
+def _costs(marks: Sequence[float], total: float) -> tuple[float, ...]:
+    """Turn the operations counted when each layer was entered into the cost of each layer."""
+    edges = [0.0, *marks[1:], total]
+    return tuple(float(stop - start) for start, stop in zip(edges, edges[1:], strict=False))
+
+
+def _counts_items(model: nn.Module, inputs: Mapping[str, Any], loss: Tensor) -> bool:
+    accepts = getattr(model, "accepts_loss_kwargs", True)
+    if not accepts:
+        return False
+    try:
+        with inference_mode_of(model):
+            counted = model(**inputs, num_items_in_batch=torch.tensor(1e6, device=loss.device))
+    except TypeError:
+        return False
+    return not math.isclose(_output(model, counted, "loss", 0).item(), loss.item(), rel_tol=1e-3, abs_tol=1e-12)
+
+
+def _output(model: nn.Module, outputs: Any, name: str, position: int) -> Tensor:
+    if isinstance(outputs, Mapping):
+        value = outputs.get(name)
+    else:
+        value = outputs[position] if len(outputs) > position else None
+    if not isinstance(value, Tensor):
+        returned = sorted(outputs) if isinstance(outputs, Mapping) else f"a {type(outputs).__name__}"
+        raise TargetError(
+            f"{type(model).__name__} returned {returned} for a batch with labels, but no {name!r}. Block-local "
+            "learning needs a model with a task head that computes its own loss."
+        )
+    return value

@@ -1,0 +1,332 @@
+"""`BlockLocalTrainer`: the transformers Trainer with a backward pass per block.
+
+Glue only. Every override replaces or surrounds one line of the parent and leaves the work to another module.
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate.utils import DynamoBackend
+from torch import Tensor, nn
+from transformers import Trainer
+from transformers.modeling_outputs import SequenceClassifierOutput
+
+from hf_blocklocal.assembly import Assembly, TaughtModel, assemble, check_structure
+from hf_blocklocal.checkpoint import FILES, load_heads_, save_heads
+from hf_blocklocal.config import BlockLocalConfig
+from hf_blocklocal.data_parallel import GradientAverager, broadcast_from_first
+from hf_blocklocal.errors import TargetError, UnsupportedSettingError
+from hf_blocklocal.evaluation import BlockScores
+from hf_blocklocal.meters import BlockLossMeter
+from hf_blocklocal.optim import check_steps_by_block, clip_block_, step_block_, total_norm
+from hf_blocklocal.settings import check_arguments, check_launcher, check_loss_settings
+from hf_blocklocal.step import StepReport
+from hf_blocklocal.targets import Targets
+
+
+logger = logging.getLogger(__name__)
+
+
+class BlockLocalTrainer(Trainer):
+    """Fine-tune a transformers model block by block, each block from its own loss.
+
+    Takes the arguments of `transformers.Trainer` and one more. With one block it is the `Trainer`, to the bit. With
+    more, these things differ, and nothing else:
+
+    - `max_grad_norm` clips the gradient of each block by itself, because a norm over all blocks would couple them: a
+      block could not be stepped before the last one has its gradient, or on another device.
+    - `loss` in the logs is the last block's, comparable with `Trainer`; `block_k/loss` is that of block k. Evaluation
+      adds what each block's head would have predicted, `eval_block_k_accuracy` and `eval_block_k_loss`.
+    - Where the model's own loss ignores `num_items_in_batch`, it is divided by the accumulation steps.
+    - A micro-batch in which every label is -100 is skipped and counted as `skipped_batches` in the logs.
+
+    Args:
+        *args: As for `transformers.Trainer`.
+        block_local: How to cut and teach the model.
+        **kwargs: As for `transformers.Trainer`.
+
+    Raises:
+        BlockLocalError: If arguments, model and config do not go together. What takes a batch to find out is raised
+            by `train()`, before the first step.
+    """
+
+    def __init__(self, *args: Any, block_local: BlockLocalConfig | None = None, **kwargs: Any) -> None:
+        self.block_local = BlockLocalConfig() if block_local is None else block_local
+        self._assembly: Assembly | None = None
+        self._averager = GradientAverager(world_size=1)
+        self._meter = BlockLossMeter()
+        self._scores: BlockScores | None = None
+        self._norms: dict[int, Tensor] = {}
+        super().__init__(*args, **kwargs)
+        check_structure(self.model, self.block_local)
+
+    @property
+    def assembly(self) -> Assembly:
+        """The cut model with its heads, made from the first examples of the data set when first asked for."""
+        if self._assembly is None or self._assembly.module.model is not self.model:
+            smoothing = 0.0 if self.label_smoother is None else self.args.label_smoothing_factor
+            with _random_state_kept():
+                batch = self._prepare_inputs(self._first_examples())
+                assembly = assemble(
+                    self.model, self.block_local, batch, label_smoothing=smoothing, seed=self.args.seed
+                )
+            if assembly.last > 0:
+                custom = self.compute_loss_func is not None
+                check_loss_settings(assembly.task, label_smoothing=smoothing, custom_loss=custom)
+            self._assembly = assembly
+            logger.info("Blocks of %s:\n%s", type(self.model).__name__, assembly.describe())
+        return self._assembly
+
+    def _first_examples(self) -> Mapping[str, Any]:
+        """Collate the first two examples as the data loader would."""
+        dataset = self.train_dataset if self.train_dataset is not None else self.eval_dataset
+        if isinstance(dataset, dict):
+            dataset = next(iter(dataset.values()))
+        if dataset is None:
+            raise TargetError("A model is traced before it is cut: pass a train_dataset or an eval_dataset.")
+        collate = self._get_collator_with_removed_columns(self.data_collator, description="traced")
+        indexed = hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")
+        examples = [dataset[i] for i in range(min(2, len(dataset)))] if indexed else list(islice(iter(dataset), 2))
+        return collate(examples)
+
+    # ---- Setting up ----
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """Refuse what cannot work before the parent sets it up, and `DataParallel` with it."""
+        check_arguments(self.args, self.block_local)
+        if self.args.n_gpu > 1:
+            logger.warning("Training on one of %d GPUs; use accelerate launch for all of them.", self.args.n_gpu)
+            self.args._n_gpu = 1
+        super().create_accelerator_and_postprocess()
+        check_launcher(self.accelerator.distributed_type)
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """Optimize the heads together with the model, in place of the model alone."""
+        given = self.optimizer
+        optimizer = super().create_optimizer(self.assembly.module)
+        if given is not None:
+            self._add_heads_to(given)
+        if self.block_local.step_per_block:
+            check_steps_by_block(getattr(optimizer, "optimizer", optimizer))
+        return optimizer
+
+    def _add_heads_to(self, optimizer: torch.optim.Optimizer) -> None:
+        known = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        missing = [parameter for parameter in self.assembly.heads.parameters() if id(parameter) not in known]
+        if missing and self.lr_scheduler is not None:
+            raise UnsupportedSettingError(
+                "The given optimizer and scheduler do not know the feedback heads, and a scheduler cannot be "
+                "extended. Pass optimizers=(optimizer, None) and the schedule by lr_scheduler_type."
+            )
+        if missing:
+            optimizer.add_param_group({"params": missing})
+
+    def _wrap_model(self, model: nn.Module, training: bool = True, dataloader: Any = None) -> nn.Module:
+        """Prepare the model for autocast and compilation, without DDP, and put the heads beside it."""
+        if not training:
+            return super()._wrap_model(model, training, dataloader)
+        module = self.assembly.module
+        with self._compiling_layers() if self.assembly.last > 0 else nullcontext():
+            self._forward = self.accelerator.prepare_model(self.model, evaluation_mode=True)
+        if self.args.world_size > 1:
+            broadcast_from_first([*module.parameters(), *module.buffers()])
+        self._averager = GradientAverager(self.args.world_size)
+        return module
+
+    @contextmanager
+    def _compiling_layers(self) -> Iterator[None]:
+        """Compile each layer instead of the whole model, so that the hooks between layers stay out of the graphs."""
+        plugin = self.accelerator.state.dynamo_plugin
+        backend = plugin.backend
+        if backend != DynamoBackend.NO:
+            for path in self.assembly.cut.layers:
+                layer = self.model.get_submodule(path)
+                if "forward" not in vars(layer):
+                    layer.forward = torch.compile(layer.forward, **plugin.to_kwargs())
+        plugin.backend = DynamoBackend.NO
+        try:
+            yield
+        finally:
+            plugin.backend = backend
+
+    # ---- One step ----
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
+        """Let every block but the last learn inside the forward pass of the parent's step, which teaches the last.
+
+        Returns:
+            The last block's loss, detached.
+        """
+        model.train()
+        assembly, inputs = self.assembly, self._prepare_inputs(inputs)
+        targets = assembly.read_targets(inputs, seed=(self.args.seed, self.state.global_step, self.args.process_index))
+        if len(targets) == 0:
+            return self._skip_batch()
+        lesson = assembly.step.teach(
+            targets,
+            scale=self._loss_scale(targets, num_items_in_batch),
+            backward=self.accelerator.backward,
+            learned=self._finish_block,
+            custom_loss=self._custom_loss(targets, num_items_in_batch),
+        )
+        with lesson as report:
+            loss = super().training_step(self._forward, inputs, self._items_for_model(num_items_in_batch))
+        report.losses.append(loss)
+        report.check_finite(self.state.global_step + 1)
+        self._finish_block(assembly.last, report)
+        self._meter.add(report.losses, completes_step=self.accelerator.sync_gradients)
+        return loss
+
+    def _loss_scale(self, targets: Targets, num_items_in_batch: Any) -> Tensor | float:
+        """Return what a block's summed loss is multiplied with: as the parent scales the model's own."""
+        if num_items_in_batch is None:
+            return 1 / (targets.elements * self.current_gradient_accumulation_steps)
+        return self._processes_counted() / num_items_in_batch
+
+    def _processes_counted(self) -> int:
+        """Return over how many processes `num_items_in_batch` counts."""
+        return self.args.world_size if self.args.average_tokens_across_devices else 1
+
+    def _items_for_model(self, num_items_in_batch: Any) -> Any:
+        """Keep the count from a model that would ignore it, so that the parent averages over accumulation steps."""
+        heeded = self.assembly.counts_items or self.compute_loss_func is not None or self.label_smoother is not None
+        return num_items_in_batch if heeded or self.assembly.last == 0 else None
+
+    def _custom_loss(self, targets: Targets, num_items_in_batch: Any) -> Callable[[Tensor], Tensor] | None:
+        """Return the user's loss as a function of a head's logits, scaled as the parent scales the model's own."""
+        if self.compute_loss_func is None:
+            return None
+        scale = self._processes_counted() if num_items_in_batch is not None else 1
+
+        def custom_loss(logits_BC: Tensor) -> Tensor:
+            outputs = SequenceClassifierOutput(logits=logits_BC)
+            return scale * self.compute_loss_func(outputs, targets.values, num_items_in_batch=num_items_in_batch)
+
+        return custom_loss
+
+    def _finish_block(self, block: int, report: StepReport) -> None:
+        """Average the gradients of a block that has learned, and step it if it is to be stepped at once."""
+        if not self.accelerator.sync_gradients:
+            return
+        parameters = self.assembly.parameters[block]
+        self._averager.start(parameters)
+        if block == self.assembly.last:
+            self._averager.finish()
+        elif self.block_local.step_per_block:
+            self._averager.finish()
+            report.check_finite(self.state.global_step + 1)
+            norm = clip_block_(parameters, self.args.max_grad_norm or float("inf"))
+            if norm is not None:
+                self._norms[block] = norm
+            step_block_(getattr(self.optimizer, "optimizer", self.optimizer), parameters)
+
+    def _skip_batch(self) -> Tensor:
+        """Learn nothing from a micro-batch without targets, but keep the other processes company."""
+        self._meter.skip(completes_step=self.accelerator.sync_gradients)
+        if self.accelerator.sync_gradients:
+            for parameters in self.assembly.parameters:
+                self._averager.start(parameters)
+            self._averager.finish()
+        return torch.zeros((), device=self.args.device)
+
+    def _clip_grad_norm(self, model: nn.Module) -> Tensor:
+        """Clip each block by itself, in place of all parameters together. Returns the norm of all blocks."""
+        return self._clip_blocks(self.args.max_grad_norm)
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Tensor | None = None) -> Tensor:
+        """Measure each block by itself where nothing is clipped."""
+        return self._clip_blocks(float("inf")) if grad_norm is None else grad_norm
+
+    def _clip_blocks(self, max_norm: float) -> Tensor:
+        self.accelerator.unscale_gradients()
+        for block, parameters in enumerate(self.assembly.parameters):
+            if (norm := clip_block_(parameters, max_norm)) is not None:
+                self._norms[block] = norm
+        norms = list(self._norms.values())
+        self._norms.clear()
+        return total_norm(norms)
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Add the loss of every block to the training logs."""
+        if "loss" in logs and self.assembly.last > 0:
+            logs |= self._meter.pop(self.assembly.cut.num_blocks, self.args.device, self.args.world_size)
+        super().log(logs, *args, **kwargs)
+
+    # ---- Evaluation ----
+
+    def evaluation_loop(self, dataloader: Any, description: str, *args: Any, **kwargs: Any) -> Any:
+        """Add to the metrics what each block's head would have predicted."""
+        if self._assembly is None or self._assembly.last == 0 or not self.block_local.evaluate_blocks:
+            return super().evaluation_loop(dataloader, description, *args, **kwargs)
+        self._scores = BlockScores(self._assembly.heads, self._assembly.step.boundaries)
+        try:
+            output = super().evaluation_loop(dataloader, description, *args, **kwargs)
+            output.metrics.update(self._scores.metrics(kwargs.get("metric_key_prefix", "eval")))
+        finally:
+            self._scores = None
+        return output
+
+    def prediction_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """Score the heads in the forward pass of the parent's step."""
+        if self._scores is None or inputs.get("labels") is None:
+            return super().prediction_step(model, inputs, *args, **kwargs)
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad():
+            targets = self.assembly.read_targets(inputs, whole_vocabulary=True)
+        with self._scores.watch(targets, inputs["labels"].shape[0]):
+            result = super().prediction_step(model, inputs, *args, **kwargs)
+        self._scores.add(self.gather_function(self._scores.batch_BK3))
+        return result
+
+    # ---- Checkpoints ----
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        """Write config and heads beside the ordinary checkpoint."""
+        super()._save(output_dir, state_dict)
+        if self.args.should_save:
+            folder = output_dir if output_dir is not None else self.args.output_dir
+            assembly = self.assembly
+            save_heads(folder, heads=assembly.heads, cut=assembly.cut, config=self.block_local)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        """Load the heads before the model, so that a checkpoint of another cut changes nothing."""
+        load_heads_(self.assembly.heads, resume_from_checkpoint, cut=self.assembly.cut)
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_best_model(self) -> None:
+        """Load the heads that belong to the best model."""
+        super()._load_best_model()
+        load_heads_(self.assembly.heads, self.state.best_model_checkpoint, cut=self.assembly.cut)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """Take config and heads along to the Hub."""
+        if self.is_world_process_zero():
+            for name in FILES:
+                shutil.copy(Path(checkpoint_folder) / name, Path(self.args.output_dir) / name)
+        super()._push_from_checkpoint(checkpoint_folder)
+
+
+@contextmanager
+def _random_state_kept() -> Iterator[None]:
+    """Give back the random streams of Python, NumPy and torch as they were."""
+    python_state, numpy_state = random.getstate(), np.random.get_state()
+    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
+    with torch.random.fork_rng(devices=devices):
+        try:
+            yield
+        finally:
+            random.setstate(python_state)
+            np.random.set_state(numpy_state)
+
+
+__all__ = ["BlockLocalTrainer", "TaughtModel"]
