@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.utils.output_capturing import _active_collector
 
 from hf_blocklocal.errors import LayersNotFoundError, SharedLayersError, UnsupportedSettingError
 
@@ -252,3 +254,33 @@ def _find_routers(model: nn.Module) -> dict[str, int]:
                 index = getattr(recorder, "index", 1)
                 routers |= {path: index for path, module in model.named_modules() if isinstance(module, target)}
     return routers
+
+
+@contextmanager
+def outputs_not_recorded() -> Iterator[None]:
+    """Keep the model from recording outputs, such as router logits, a second time.
+
+    A backward pass inside the forward pass recomputes checkpointed layers while the model is still recording.
+    """
+    token = _active_collector.set(None)
+    try:
+        yield
+    finally:
+        _active_collector.reset(token)
+
+
+@contextmanager
+def hooks_outside_checkpoint(layer: nn.Module) -> Iterator[None]:
+    """Keep the hooks of a layer from running inside its activation checkpoint, and again in its recomputation.
+
+    Before transformers 5.18 or later checkpoints `forward`, a layer checkpoints its whole call, hooks included; there
+    this layer is not checkpointed for the time being.
+    """
+    checkpointed = getattr(layer, "gradient_checkpointing", False) and "__call__" in vars(GradientCheckpointingLayer)
+    if checkpointed:
+        layer.gradient_checkpointing = False
+    try:
+        yield
+    finally:
+        if checkpointed:
+            layer.gradient_checkpointing = True

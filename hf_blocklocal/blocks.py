@@ -7,13 +7,14 @@ decided here: the caller's `leave` is told.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, MutableMapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from hf_blocklocal.anatomy import hooks_outside_checkpoint
 from hf_blocklocal.errors import BoundaryNotReachedError
 from hf_blocklocal.partition import Span
 
@@ -91,22 +92,18 @@ class Boundaries:
             BoundaryNotReachedError: If the forward pass did not come by the end of every block exactly once.
         """
         visit = _Visit(self.cut, leave)
-        handles = [
-            router.register_forward_hook(visit.tap(block, index), prepend=True)
-            for router, (block, index) in self._routers.items()
-        ]
-        for index, layer in enumerate(self._layers):
-            if not self.cut.owns_stack_start(index):
-                handles.append(layer.register_forward_pre_hook(visit.enter, with_kwargs=True))
-                handles.append(layer.register_forward_hook(visit.remember))
-        for block, span in enumerate(self.cut.spans[:-1]):
-            handles.append(self._layers[span.last].register_forward_hook(visit.leave(block)))
-        try:
+        with ExitStack() as stack:
+            for router, (block, index) in self._routers.items():
+                stack.callback(router.register_forward_hook(visit.tap(block, index), prepend=True).remove)
+            for index, layer in enumerate(self._layers):
+                if not self.cut.owns_stack_start(index):
+                    stack.callback(layer.register_forward_pre_hook(visit.enter, with_kwargs=True).remove)
+                    stack.callback(layer.register_forward_hook(visit.remember).remove)
+            for block, span in enumerate(self.cut.spans[:-1]):
+                stack.enter_context(hooks_outside_checkpoint(self._layers[span.last]))
+                stack.callback(self._layers[span.last].register_forward_hook(visit.leave(block)).remove)
             yield
             visit.check_complete()
-        finally:
-            for handle in handles:
-                handle.remove()
 
 
 class _Visit:
@@ -118,6 +115,7 @@ class _Visit:
         self._leave = leave
         self._made_here: list[Tensor] = []
         self._router_logits: list[Tensor] = []
+        self._leaving = False
 
     def enter(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
         """Detach the side inputs of a layer that other blocks have made."""
@@ -141,7 +139,8 @@ class _Visit:
             parts = [output] if isinstance(output, Tensor) else list(output)
             position = 0 if isinstance(output, Tensor) else index
             parts[position] = parts[position].clone()
-            self._router_logits.append(parts[position])
+            if not self._leaving:  # else a checkpointed layer is being recomputed
+                self._router_logits.append(parts[position])
             return parts[0] if isinstance(output, Tensor) else type(output)(parts)
 
         return hook
@@ -150,7 +149,9 @@ class _Visit:
         """Let the block learn, then hand on what it made without its history."""
 
         def hook(layer: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+            self._leaving = True
             self._leave(block, first_tensor(output), tuple(self._router_logits))
+            self._leaving = False
             self._left.append(block)
             for logits in self._router_logits:
                 logits.detach_()

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from hf_blocklocal.anatomy import RouterLoss
+from hf_blocklocal.anatomy import RouterLoss, outputs_not_recorded
 from hf_blocklocal.blocks import Boundaries, Cut
 from hf_blocklocal.errors import NonFiniteLossError
 from hf_blocklocal.feedback import FeedbackHead
@@ -80,6 +80,8 @@ class LocalStep:
     ) -> Iterator[StepReport]:
         """Let each block learn at its end, in the forward pass that runs inside the `with`.
 
+        Send the last block's loss back inside the `with` too: checkpointed layers are recomputed with the hooks on.
+
         Args:
             targets: Targets of this micro-batch.
             scale: What the sum of the losses of all targets is multiplied with.
@@ -101,7 +103,7 @@ class LocalStep:
             report.losses.append(loss.detach())
             loss = loss + self._router_loss(block, router_logits, targets) if router_logits else loss
             if loss.requires_grad:
-                with torch.autocast(hidden.device.type, enabled=False):
+                with torch.autocast(hidden.device.type, enabled=False), outputs_not_recorded():
                     backward(loss)
             learned(block, report)
 
