@@ -71,12 +71,11 @@ def find_stacks(model: nn.Module, paths: Sequence[str] | None = None) -> list[St
     )
 
 
-def check_enough_layers(model: nn.Module, stacks: Sequence[Stack], num_blocks: int) -> None:
-    """Refuse a cut into more blocks than there are layers, before anything is run.
+def check_layers_not_shared(model: nn.Module, stacks: Sequence[Stack], num_blocks: int) -> None:
+    """Refuse a model that has fewer modules than layers, where that shows without running it.
 
     Raises:
         SharedLayersError: If the model's config counts more layers than the model has modules for.
-        CutError: Never here; the cut itself says so once the layers have been traced.
     """
     num_layers = sum(len(stack.layers) for stack in stacks)
     declared = getattr(getattr(model, "config", None), "num_hidden_layers", None)

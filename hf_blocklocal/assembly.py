@@ -14,7 +14,7 @@ from torch import nn
 
 from hf_blocklocal.anatomy import (
     check_all_layers_run,
-    check_enough_layers,
+    check_layers_not_shared,
     find_router_loss,
     find_stacks,
     target_embedding,
@@ -25,7 +25,7 @@ from hf_blocklocal.feedback import FeedbackHead, build_head
 from hf_blocklocal.sampling import with_candidates
 from hf_blocklocal.step import LocalStep
 from hf_blocklocal.targets import Targets, Task, choose_alignment, read_targets
-from hf_blocklocal.trace import Trace, plan_cut, trace_layers, trace_owners
+from hf_blocklocal.trace import Trace, plan_cut, plan_spans, trace_layers, trace_owners
 
 
 class TaughtModel(nn.Module):
@@ -121,7 +121,8 @@ def check_structure(model: nn.Module, config: BlockLocalConfig) -> None:
         CutError: If there are more blocks than layers.
     """
     stacks = find_stacks(model, config.layers)
-    check_enough_layers(model, stacks, config.num_blocks)
+    check_layers_not_shared(model, stacks, config.num_blocks)
+    plan_spans(config, sum(len(stack.layers) for stack in stacks))
     if config.num_blocks > 1:
         check_all_layers_run(model)
 

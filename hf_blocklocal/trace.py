@@ -118,21 +118,31 @@ def trace_layers(model: nn.Module, stacks: Sequence[Stack], inputs: Mapping[str,
     )
 
 
-def plan_cut(trace: Trace, config: BlockLocalConfig) -> Cut:
-    """Decide where to cut.
+def plan_spans(config: BlockLocalConfig, num_layers: int, costs: Sequence[float] | None = None) -> list[Span]:
+    """Decide which layers make up which block.
+
+    Args:
+        config: How to cut.
+        num_layers: Layers to cut.
+        costs: Cost of each layer. Without, `balance="cost"` is cut by layers, which finds the same errors.
 
     Raises:
         CutError: If the layers cannot be cut as asked.
     """
-    num_layers = len(trace.layers)
-    spans: list[Span]
     if config.boundaries is not None:
-        spans = spans_from_boundaries(num_layers, config.boundaries)
-    elif config.balance == "cost":
-        spans = spans_by_cost(trace.costs, config.num_blocks)
-    else:
-        spans = even_spans(num_layers, config.num_blocks)
-    return Cut(trace.layers, trace.stacks, tuple(spans))
+        return spans_from_boundaries(num_layers, config.boundaries)
+    if config.balance == "cost" and costs is not None:
+        return spans_by_cost(costs, config.num_blocks)
+    return even_spans(num_layers, config.num_blocks)
+
+
+def plan_cut(trace: Trace, config: BlockLocalConfig) -> Cut:
+    """Decide where to cut a traced model.
+
+    Raises:
+        CutError: If the layers cannot be cut as asked.
+    """
+    return Cut(trace.layers, trace.stacks, tuple(plan_spans(config, len(trace.layers), trace.costs)))
 
 
 def trace_owners(model: nn.Module, boundaries: Boundaries, inputs: Mapping[str, Any]) -> dict[str, int]:

@@ -1,0 +1,64 @@
+"""Data parallelism under the real `accelerate launch`: the same weights as one process with the doubled batch."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+
+SCRIPT = Path(__file__).parent / "launched" / "data_parallel.py"
+
+
+def free_port():
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+def run(command):
+    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, check=False)
+    assert result.returncode == 0, result.stderr[-3000:]
+
+
+def launched(arguments):
+    options = ["--multi_gpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no"]
+    options += ["--dynamo_backend", "no", "--main_process_port", str(free_port())]
+    run([sys.executable, "-m", "accelerate.commands.launch", *options, str(SCRIPT), *arguments])
+
+
+@pytest.mark.launch
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("bert", ["num_blocks=2"]),
+        ("bert", ["num_blocks=4", "step_per_block=true"]),
+        ("gpt2", ["num_blocks=2", "negatives=null"]),
+        ("llama", ["num_blocks=1"]),
+    ],
+)
+def test_two_processes_equal_one_with_the_doubled_batch(name, settings, tmp_path):
+    both, one = tmp_path / "both", tmp_path / "one"
+    launched([name, str(both), "4", *settings])
+    run([sys.executable, str(SCRIPT), name, str(one), "8", *settings])
+    first, second = (torch.load(both / f"state-{rank}.pt") for rank in (0, 1))
+    alone = torch.load(one / "state-0.pt")
+    for key, value in alone.items():
+        assert torch.equal(first[key], second[key]), key
+        torch.testing.assert_close(first[key], value, rtol=0, atol=1e-6)
+    log_both, log_one = (json.loads((folder / "log.json").read_text()) for folder in (both, one))
+    assert log_both["world_size"] == 2
+    assert log_both["metrics"].keys() == log_one["metrics"].keys()
+    for key, value in log_one["metrics"].items():
+        if key.endswith(("loss", "accuracy")) and "block" in key:
+            assert log_both["metrics"][key] == pytest.approx(value, abs=1e-5), key
+    for step_both, step_one in zip(log_both["history"][:5], log_one["history"][:5], strict=True):
+        for key in step_one:
+            assert step_both[key] == pytest.approx(step_one[key], rel=1e-4), key
