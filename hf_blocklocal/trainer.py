@@ -67,6 +67,7 @@ class BlockLocalTrainer(Trainer):
         self._meter = BlockLossMeter()
         self._scores: BlockScores | None = None
         self._norms: dict[int, Tensor] = {}
+        self._micro_batch = 0
         super().__init__(*args, **kwargs)
         check_structure(self.model, self.block_local)
 
@@ -169,7 +170,7 @@ class BlockLocalTrainer(Trainer):
         """
         model.train()
         assembly, inputs = self.assembly, self._prepare_inputs(inputs)
-        targets = assembly.read_targets(inputs, seed=(self.args.seed, self.state.global_step, self.args.process_index))
+        targets = assembly.read_targets(inputs, seed=self._seed_of_micro_batch())
         if len(targets) == 0:
             return self._skip_batch()
         lesson = assembly.step.teach(
@@ -186,6 +187,12 @@ class BlockLocalTrainer(Trainer):
         self._finish_block(assembly.last, report)
         self._meter.add(report.losses, completes_step=self.accelerator.sync_gradients)
         return loss
+
+    def _seed_of_micro_batch(self) -> tuple[int, ...]:
+        """Count micro-batches, so that each draws negatives of its own and a resumed run draws the same."""
+        micro_batch = self._micro_batch
+        self._micro_batch = 0 if self.accelerator.sync_gradients else micro_batch + 1
+        return self.args.seed, self.state.global_step, micro_batch, self.args.process_index
 
     def _loss_scale(self, targets: Targets, num_items_in_batch: Any) -> Tensor | float:
         """Return what a block's summed loss is multiplied with: as the parent scales the model's own."""

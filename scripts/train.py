@@ -1,0 +1,207 @@
+"""Fine-tune a text classifier block by block, as a YAML file says, beside the plain Trainer on the same budget.
+
+One process:   python scripts/train.py configs/train/quickstart.yaml
+Two GPUs:      accelerate launch --num_processes 2 scripts/train.py configs/train/quickstart.yaml
+Other values:  python scripts/train.py configs/train/quickstart.yaml block_local.num_blocks=2 training.seed=1
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+
+if TYPE_CHECKING:
+    from datasets import DatasetDict
+    from transformers import PreTrainedTokenizerBase, Trainer
+
+    from hf_blocklocal import BlockLocalConfig
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a YAML file of `configs/train` says; its comments say what each key means."""
+
+    model: str
+    dataset: str
+    text_column: str = "text"
+    label_column: str = "label"
+    train_split: str = "train"
+    test_split: str = "test"
+    max_length: int = 128
+    train_samples: int | None = None
+    test_samples: int | None = None
+    baseline: bool = False
+    examples: list[str] = field(default_factory=list)
+    block_local: dict[str, Any] = field(default_factory=dict)
+    training: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What one training run came to."""
+
+    name: str
+    metrics: dict[str, float]
+    seconds: float
+    peak_bytes: int
+
+
+def read_run(path: str | Path, overrides: Sequence[str] = ()) -> Run:
+    """Read a YAML file and `key=value` or `section.key=value` overrides.
+
+    Raises:
+        ValueError: If a key is unknown or missing.
+    """
+    import yaml
+
+    values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    for override in overrides:
+        name, separator, text = override.partition("=")
+        *sections, key = name.split(".")
+        if not separator or len(sections) > 1:
+            raise ValueError(f"{override!r} is no override. Write key=value or section.key=value.")
+        holder = values.setdefault(sections[0], {}) if sections else values
+        holder[key] = yaml.safe_load(text)
+    known = {f.name for f in fields(Run)}
+    missing = {"model", "dataset"} - set(values)
+    if unknown := sorted(set(values) - known):
+        raise ValueError(f"{path} has unknown keys {unknown}. Known are {sorted(known)}.")
+    if missing:
+        raise ValueError(f"{path} lacks {sorted(missing)}.")
+    return Run(**values)
+
+
+def load_texts(run: Run, tokenizer: PreTrainedTokenizerBase) -> tuple[DatasetDict, list[str]]:
+    """Load, draw and tokenize the texts; return them with the names of the classes."""
+    from datasets import ClassLabel, DatasetDict, load_dataset
+
+    splits = load_dataset(run.dataset)
+    samples = {run.train_split: run.train_samples, run.test_split: run.test_samples}
+    seed = run.training.get("seed", 42)
+    chosen = DatasetDict()
+    for name, count in samples.items():
+        split = splits[name].shuffle(seed=seed)
+        chosen[name] = split if count is None else split.select(range(min(count, len(split))))
+    label = splits[run.train_split].features[run.label_column]
+    if not isinstance(label, ClassLabel):
+        chosen = chosen.class_encode_column(run.label_column)
+        label = chosen[run.train_split].features[run.label_column]
+    if run.label_column != "label":
+        chosen = chosen.rename_column(run.label_column, "label")
+    tokens = chosen.map(
+        lambda rows: tokenizer(rows[run.text_column], truncation=True, max_length=run.max_length),
+        batched=True,
+        remove_columns=[column for column in chosen[run.train_split].column_names if column != "label"],
+    )
+    return tokens, label.names
+
+
+def train(run: Run, block_local: BlockLocalConfig | None) -> tuple[Outcome, Trainer]:
+    """Train once from the pretrained weights: block by block, or plainly where `block_local` is None."""
+    from transformers import (
+        AutoModelForSequenceClassification,
+        AutoTokenizer,
+        DataCollatorWithPadding,
+        Trainer,
+        TrainingArguments,
+        set_seed,
+    )
+
+    from hf_blocklocal import BlockLocalTrainer
+    from hf_blocklocal.metrics import accuracy_of_logits
+
+    settings = dict(run.training)
+    if block_local is None:
+        settings["output_dir"] = str(Path(settings["output_dir"]) / "baseline")
+    arguments = TrainingArguments(**settings)
+    set_seed(arguments.seed)
+    tokenizer = AutoTokenizer.from_pretrained(run.model)
+    tokens, names = load_texts(run, tokenizer)
+    model = AutoModelForSequenceClassification.from_pretrained(
+        run.model, num_labels=len(names), id2label=dict(enumerate(names)), label2id={n: i for i, n in enumerate(names)}
+    )
+    common = {
+        "model": model,
+        "args": arguments,
+        "train_dataset": tokens[run.train_split],
+        "eval_dataset": tokens[run.test_split],
+        "processing_class": tokenizer,
+        "data_collator": DataCollatorWithPadding(tokenizer),
+        "compute_metrics": accuracy_of_logits(),
+    }
+    trainer = Trainer(**common) if block_local is None else BlockLocalTrainer(**common, block_local=block_local)
+    start = time.perf_counter()
+    trainer.train()
+    seconds = time.perf_counter() - start
+    metrics = trainer.evaluate()
+    trainer.save_model()
+    name = "plain Trainer" if block_local is None else f"block-local, {block_local.num_blocks} blocks"
+    return Outcome(name, metrics, seconds, peak_activation_bytes(trainer)), trainer
+
+
+def peak_activation_bytes(trainer: Trainer) -> int:
+    """Measure the bytes that autograd keeps for one training step on the longest texts, at their peak."""
+    from hf_blocklocal.memory import ActivationMeter
+
+    rows = sorted(trainer.train_dataset, key=lambda row: len(row["input_ids"]), reverse=True)
+    batch = trainer.data_collator(rows[: trainer.args.per_device_train_batch_size])
+    trainer.accelerator.gradient_state._set_sync_gradients(False)
+    with ActivationMeter(trainer.model_wrapped) as meter:
+        trainer.training_step(trainer.model_wrapped, batch)
+    trainer.model_wrapped.zero_grad()
+    return meter.peak_bytes
+
+
+def report(outcomes: Sequence[Outcome]) -> str:
+    """Return the table: accuracy of every block and of the model, time, and peak activation bytes."""
+    lines = [f"{'':34}{'test accuracy':>14}{'train time':>12}{'peak activations':>18}"]
+    for outcome in outcomes:
+        for key, value in sorted(outcome.metrics.items()):
+            if key.startswith("eval_block_") and key.endswith("_accuracy"):
+                block = key.removeprefix("eval_block_").removesuffix("_accuracy")
+                lines.append(f"  {'head of block ' + block:32}{value:14.3f}")
+        lines.append(
+            f"{outcome.name:34}{outcome.metrics['eval_accuracy']:14.3f}{outcome.seconds:10.0f} s"
+            f"{outcome.peak_bytes / 2**20:14.1f} MiB"
+        )
+    return "\n".join(lines)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Train, save, classify the examples, print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("config", help="YAML file, see configs/train")
+    parser.add_argument("overrides", nargs="*", help="key=value or section.key=value")
+    options = parser.parse_args(argv)
+    run = read_run(options.config, options.overrides)
+
+    from transformers import pipeline
+
+    from hf_blocklocal import BlockLocalConfig
+
+    outcome, trainer = train(run, BlockLocalConfig.from_dict(run.block_local))
+    folder, cut, is_main = trainer.args.output_dir, trainer.assembly.describe(), trainer.is_world_process_zero()
+    outcomes = [outcome]
+    if run.baseline:
+        trainer.accelerator.free_memory()
+        del trainer
+        gc.collect()
+        outcomes.append(train(run, None)[0])
+    if not is_main:
+        return
+    print(f"\nThe cut\n{cut}\n\nThe result\n{report(outcomes)}\n")
+    classify = pipeline("text-classification", model=folder, tokenizer=folder)
+    for text in run.examples:
+        guess = classify(text)[0]
+        print(f"{guess['label']} ({guess['score']:.2f}): {text}")
+    print(f"\nSaved in {folder}: an ordinary transformers checkpoint, and the heads beside it.")
+
+
+if __name__ == "__main__":
+    main()

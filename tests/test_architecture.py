@@ -1,0 +1,85 @@
+"""The house keeps its shape: imports point one way, foreign libraries stay in their rooms, files stay small."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+
+PACKAGE = Path(__file__).parents[1] / "hf_blocklocal"
+FLOORS = [
+    ["errors"],
+    ["anatomy", "config", "data_parallel", "memory", "metrics", "optim", "partition", "targets"],
+    ["families", "sampling"],
+    ["losses"],
+    ["feedback"],
+    ["blocks", "meters", "settings"],
+    ["checkpoint", "evaluation", "step", "trace"],
+    ["assembly"],
+    ["trainer"],
+]
+FLOOR = {room: number for number, floor in enumerate(FLOORS) for room in floor}
+ALLOWED = {
+    "accelerate": {"trainer"},
+    "torch.distributed": {"data_parallel"},
+    "transformers": {"anatomy", "settings", "trainer", "metrics"},
+    "datasets": {"metrics"},
+    "evaluate": {"metrics"},
+    "peft": set(),
+    "matplotlib": set(),
+    "huggingface_hub": set(),
+}
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+
+def room_of(path):
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def imports_of(path):
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"relative import in {path}"
+            yield node.module
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def test_every_room_has_a_floor():
+    assert {room_of(path) for path in FILES} - {"__init__"} == set(FLOOR)
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_imports_point_down(path):
+    room = room_of(path)
+    if room == "__init__":
+        return
+    for name in imports_of(path):
+        if name.startswith("hf_blocklocal."):
+            other = name.split(".")[1]
+            assert other == room or FLOOR[other] < FLOOR[room], f"{room} must not import {other}"
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_foreign_libraries_stay_in_their_rooms(path):
+    for name in imports_of(path):
+        for library, rooms in ALLOWED.items():
+            if name == library or name.startswith(f"{library}."):
+                assert room_of(path) in rooms, f"{path.name} imports {name}"
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_files_say_their_idea_and_stay_small(path):
+    text = path.read_text(encoding="utf-8")
+    assert text.startswith('"""')
+    assert text.count("\n") <= 350
+
+
+def test_public_names_are_documented():
+    import hf_blocklocal
+
+    for name in hf_blocklocal.__all__:
+        assert getattr(hf_blocklocal, name).__doc__, name

@@ -1,0 +1,68 @@
+"""Every shipped configuration can be read, by the code that reads it in earnest."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+from transformers import TrainingArguments
+
+from hf_blocklocal import BlockLocalConfig
+
+
+ROOT = Path(__file__).parents[1]
+TRAIN = sorted((ROOT / "configs" / "train").glob("*.yaml"))
+
+
+def script(name):
+    spec = importlib.util.spec_from_file_location(name, ROOT / "scripts" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    # Dataclasses look their module up by name.
+    import sys
+
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_there_are_configurations():
+    assert TRAIN
+
+
+@pytest.mark.parametrize("path", TRAIN, ids=lambda path: path.stem)
+def test_a_training_configuration_is_read_whole(path, tmp_path):
+    run = script("train").read_run(path)
+    assert BlockLocalConfig.from_dict(run.block_local).num_blocks > 1
+    assert TrainingArguments(**(run.training | {"output_dir": str(tmp_path)})).learning_rate > 0
+
+
+@pytest.mark.parametrize("path", TRAIN, ids=lambda path: path.stem)
+def test_every_configuration_is_listed_with_its_command(path):
+    assert f"`train/{path.name}`" in (ROOT / "configs" / "README.md").read_text()
+
+
+def test_unknown_and_missing_keys_are_named(tmp_path):
+    file = tmp_path / "run.yaml"
+    file.write_text("model: a\ndataset: b\nmodle: c\n")
+    with pytest.raises(ValueError, match=r"unknown keys \['modle'\]"):
+        script("train").read_run(file)
+    file.write_text("model: a\n")
+    with pytest.raises(ValueError, match="lacks \\['dataset'\\]"):
+        script("train").read_run(file)
+
+
+def test_values_can_be_overridden_on_the_command_line(tmp_path):
+    file = tmp_path / "run.yaml"
+    file.write_text("model: a\ndataset: b\n")
+    run = script("train").read_run(file, ["block_local.num_blocks=5", "max_length=7", "training.learning_rate=1.0e-3"])
+    assert (run.block_local["num_blocks"], run.max_length, run.training["learning_rate"]) == (5, 7, 1e-3)
+    with pytest.raises(ValueError, match="is no override"):
+        script("train").read_run(file, ["nonsense"])
+
+
+def test_model_cards_hold_no_placeholder():
+    for path in (ROOT / "model_cards").glob("*.md"):
+        text = path.read_text()
+        assert "More Information Needed" not in text
+        assert "TODO" not in text

@@ -1,0 +1,60 @@
+"""The quickstart in small: real model, real text, the scripts as a user runs them."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForSequenceClassification
+
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="session")
+def prepared(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("quickstart")
+    call("prepare_quickstart.py", "--output-dir", ".", folder=folder)
+    return folder
+
+
+def call(script, *arguments, folder):
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, str(ROOT / "scripts" / script), *arguments]
+    result = subprocess.run(
+        command, cwd=folder, env=environment, capture_output=True, text=True, timeout=280, check=False
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    return result.stdout
+
+
+def test_the_quickstart_prints_its_table_and_leaves_an_ordinary_checkpoint(prepared):
+    config = str(ROOT / "configs" / "train" / "quickstart.yaml")
+    small = ["train_samples=48", "test_samples=32", "max_length=24", "training.num_train_epochs=1"]
+    printed = call("train.py", config, *small, folder=prepared)
+    for line in ("head of block 0", "head of block 1", "block-local, 3 blocks", "plain Trainer", "MiB", "Saved in"):
+        assert line in printed
+    folder = prepared / "runs" / "quickstart"
+    assert (folder / "block_local_heads.safetensors").is_file()
+    code = (
+        "import sys; sys.modules['hf_blocklocal'] = None\n"
+        "from transformers import pipeline\n"
+        f"print(pipeline('text-classification', model={str(folder)!r})('Sort a list.')[0]['label'])"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
+    model = AutoModelForSequenceClassification.from_pretrained(folder)
+    assert result.stdout.strip() in model.config.label2id
+    assert all(torch.isfinite(parameter).all() for parameter in model.parameters())
+
+
+def test_blocks_take_less_activation_memory_than_backpropagation(prepared):
+    config = str(ROOT / "configs" / "train" / "quickstart.yaml")
+    printed = call(
+        "train.py", config, "train_samples=16", "test_samples=8", "training.num_train_epochs=1", folder=prepared
+    )
+    peaks = [float(line.split()[-2]) for line in printed.splitlines() if line.endswith("MiB")]
+    assert peaks[0] < 0.5 * peaks[1]
