@@ -108,7 +108,8 @@ class Assembly:
                 taught = f"{type(head.feedback).__name__}, {type(head.loss).__name__} ({head.loss.family.name})"
             rows.append((str(block), f"{span.start}-{span.last}", f"{in_block:,}", f"{in_head:,}", taught))
         widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-        return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
+        lines = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
+        return "\n".join(line.rstrip() for line in lines)
 
 
 def check_structure(model: nn.Module, config: BlockLocalConfig) -> None:

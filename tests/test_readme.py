@@ -1,0 +1,71 @@
+"""The README is true: its code runs, its commands exist, its tables are what the committed results say."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from test_quickstart import call
+
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def blocks(language):
+    return re.findall(rf"^```{language}\n(.*?)^```", README, flags=re.MULTILINE | re.DOTALL)
+
+
+@pytest.fixture(scope="module")
+def ran(tmp_path_factory):
+    """Run all Python blocks in order, in one namespace, as a reader would; return what each printed."""
+    folder = tmp_path_factory.mktemp("readme")
+    call("prepare_quickstart.py", "--output-dir", ".", folder=folder)
+    namespace, printed, before = {}, [], Path.cwd()
+    os.chdir(folder)
+    try:
+        for code in blocks("python"):
+            output = io.StringIO()
+            with contextlib.redirect_stdout(output):
+                exec(compile(code, "README.md", "exec"), namespace)
+            printed.append(output.getvalue())
+    finally:
+        os.chdir(before)
+    return namespace, printed
+
+
+def test_every_python_block_runs(ran):
+    assert len(ran[1]) == len(blocks("python")) == 4
+
+
+def test_the_printed_losses_are_those_of_the_run(ran):
+    logged = next(row for row in ran[0]["trainer"].state.log_history if "loss" in row)
+    comment = next(line for line in README.splitlines() if line.startswith("# {'loss'"))
+    stated = dict(re.findall(r"'([\w/]+)': '([\d.]+)'", comment))
+    assert stated.keys() == {"loss", "block_0/loss", "block_1/loss", "block_2/loss"}
+    for key, value in stated.items():
+        # The texts are those of the running Python, so other versions differ a little.
+        assert logged[key] == pytest.approx(float(value), abs=0.02 if sys.version_info[:2] == (3, 11) else 0.3)
+
+
+def test_the_printed_cut_is_that_of_the_run(ran):
+    stated = [line[2:] for line in README.splitlines() if re.match(r"# (block|\d) +", line)]
+    assert stated == [line.rstrip() for line in ran[1][1].splitlines()]
+
+
+@pytest.mark.parametrize("command", [line for block in blocks("bash") for line in block.splitlines()])
+def test_every_command_exists(command):
+    words = command.split("#")[0].split()
+    assert words[0] == "make"
+    subprocess.run(["make", "-n", *words[1:]], cwd=ROOT, check=True, capture_output=True)
+
+
+def test_every_file_named_exists():
+    for name in re.findall(r"`((?:tests|scripts|configs|hf_blocklocal)/[\w/.]+)`", README):
+        assert (ROOT / name).exists(), name
