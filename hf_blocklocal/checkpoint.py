@@ -31,11 +31,8 @@ def save_heads(
         config: How it was cut and taught.
     """
     config.save_pretrained(save_directory)
-    metadata = {
-        "format": "pt",
-        "num_blocks": str(cut.num_blocks),
-        "boundaries": json.dumps([span.start for span in cut.spans[1:]]),
-    }
+    # One entry, because safetensors writes several in an order that differs from file to file.
+    metadata = {"boundaries": json.dumps([span.start for span in cut.spans[1:]])}
     tensors = {name: tensor.detach().contiguous() for name, tensor in heads.state_dict().items()}
     save_file(tensors, Path(save_directory) / HEADS_NAME, metadata=metadata)
 
@@ -54,16 +51,17 @@ def load_heads_(heads: nn.Module, save_directory: str | os.PathLike[str], *, cut
     """
     path = Path(save_directory) / HEADS_NAME
     if not path.is_file():
+        if cut.num_blocks == 1:  # also the plain Trainer's checkpoints
+            return
         raise HeadsMismatchError(
             f"{save_directory} holds no {HEADS_NAME}: it was not saved by block-local training. Start from its model "
             "weights instead of resuming, or choose another checkpoint."
         )
     with safe_open(path, framework="pt") as file:
-        metadata = file.metadata() or {}
-    saved = json.loads(metadata.get("boundaries", "null"))
+        saved = json.loads((file.metadata() or {}).get("boundaries", "null"))
     boundaries = [span.start for span in cut.spans[1:]]
     if saved != boundaries:
-        blocks = metadata.get("num_blocks", "an unknown number of")
+        blocks = "an unknown number of" if saved is None else len(saved) + 1
         raise HeadsMismatchError(
             f"The heads in {path} belong to {blocks} blocks with boundaries {saved}, but this run has "
             f"{cut.num_blocks} blocks with boundaries {boundaries}. Use "
