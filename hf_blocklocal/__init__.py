@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from hf_blocklocal.anatomy import Stack, find_stacks
 from hf_blocklocal.assembly import Assembly, TaughtModel, assemble
 from hf_blocklocal.blocks import Boundaries, Cut
 from hf_blocklocal.config import BlockLocalConfig
@@ -26,8 +27,10 @@ __all__ = [
     "LocalLoss",
     "LocalStep",
     "Span",
+    "Stack",
     "StepReport",
     "TaughtModel",
     "assemble",
     "build_head",
+    "find_stacks",
 ]

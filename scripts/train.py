@@ -181,20 +181,25 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = parser.parse_args(argv)
     run = read_run(options.config, options.overrides)
 
-    from transformers import pipeline
-
     from hf_blocklocal import BlockLocalConfig
 
     outcome, trainer = train(run, BlockLocalConfig.from_dict(run.block_local))
-    folder, cut, is_main = trainer.args.output_dir, trainer.assembly.describe(), trainer.is_world_process_zero()
+    folder, cut, accelerator = trainer.args.output_dir, trainer.assembly.describe(), trainer.accelerator
     outcomes = [outcome]
     if run.baseline:
-        trainer.accelerator.free_memory()
+        accelerator.free_memory()
         del trainer
         gc.collect()
         outcomes.append(train(run, None)[0])
-    if not is_main:
-        return
+    if accelerator.is_main_process:
+        show(run, cut, outcomes, folder)
+    accelerator.end_training()
+
+
+def show(run: Run, cut: str, outcomes: Sequence[Outcome], folder: str) -> None:
+    """Print the table and what the saved model makes of the examples."""
+    from transformers import pipeline
+
     print(f"\nThe cut\n{cut}\n\nThe result\n{report(outcomes)}\n")
     classify = pipeline("text-classification", model=folder, tokenizer=folder)
     for text in run.examples:

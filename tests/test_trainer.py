@@ -367,14 +367,18 @@ def test_tracing_does_not_touch_the_random_stream(tmp_path):
 
 
 def test_callbacks_see_an_ordinary_run(tmp_path):
-    seen = []
+    seen, logged = [], []
 
     class Recorder(TrainerCallback):
+        def on_log(self, args, state, control, logs=None, **kwargs):
+            logged.append(set(logs))
+
         def on_step_end(self, args, state, control, model=None, optimizer=None, **kwargs):
             seen.append((type(model).__name__, state.global_step, len(optimizer.param_groups)))
 
     make("bert", tmp_path, callbacks=[Recorder()]).train()
     assert seen == [("BertForSequenceClassification", step, 2) for step in (1, 2, 3)]
+    assert {"loss", "grad_norm", "learning_rate", "block_0/loss", "block_1/loss"} <= logged[0]
 
 
 def test_cutting_by_cost_balances_the_blocks(tmp_path):

@@ -1,0 +1,69 @@
+"""What only a GPU can show: loss scaling in fp16, and memory that is really given back."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from test_parity import examples
+from transformers import Trainer, TrainingArguments
+from zoo import SPECIMENS
+
+from hf_blocklocal import BlockLocalConfig, BlockLocalTrainer
+
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+
+
+def run(kind, folder, *, name="bert", config=None, **settings):
+    extra = {} if kind is Trainer else {"block_local": config or BlockLocalConfig(num_blocks=2)}
+    trainer = kind(
+        SPECIMENS[name].build(),
+        TrainingArguments(
+            str(folder),
+            report_to=[],
+            disable_tqdm=True,
+            max_steps=6,
+            save_strategy="no",
+            logging_steps=1,
+            learning_rate=1e-3,
+            per_device_train_batch_size=4,
+            **settings,
+        ),
+        train_dataset=examples(SPECIMENS[name]),
+        **extra,
+    )
+    trainer.train()
+    return trainer
+
+
+@pytest.mark.parametrize("name", ["bert", "llama", "t5", "mixtral", "vit"])
+@pytest.mark.parametrize("precision", [{}, {"bf16": True}, {"fp16": True}])
+def test_blocks_learn_on_a_gpu(name, precision, tmp_path):
+    trainer = run(BlockLocalTrainer, tmp_path, name=name, gradient_accumulation_steps=2, **precision)
+    losses = [row["block_0/loss"] for row in trainer.state.log_history if "block_0/loss" in row]
+    assert len(losses) == 6
+    assert all(torch.isfinite(torch.tensor(losses)))
+
+
+@pytest.mark.parametrize("precision", [{}, {"bf16": True}, {"fp16": True}])
+def test_one_block_is_the_plain_trainer(precision, tmp_path):
+    one = run(BlockLocalTrainer, tmp_path, config=BlockLocalConfig(num_blocks=1), full_determinism=True, **precision)
+    plain = run(Trainer, tmp_path, full_determinism=True, **precision)
+    for key, value in plain.model.state_dict().items():
+        assert torch.equal(one.model.state_dict()[key], value), key
+
+
+@pytest.mark.parametrize("name", ["bert", "gpt2"])
+def test_stepping_each_block_at_once_changes_no_bit(name, tmp_path):
+    deferred, at_once = (
+        run(
+            BlockLocalTrainer,
+            tmp_path,
+            name=name,
+            full_determinism=True,
+            config=BlockLocalConfig(num_blocks=4, step_per_block=step_per_block),
+        )
+        for step_per_block in (False, True)
+    )
+    for key, value in deferred.assembly.module.state_dict().items():
+        assert torch.equal(at_once.assembly.module.state_dict()[key], value), key
