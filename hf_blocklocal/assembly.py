@@ -22,6 +22,7 @@ from hf_blocklocal.anatomy import (
 from hf_blocklocal.blocks import Cut
 from hf_blocklocal.config import BlockLocalConfig
 from hf_blocklocal.feedback import FeedbackHead, build_head
+from hf_blocklocal.partition import Span
 from hf_blocklocal.sampling import with_candidates
 from hf_blocklocal.step import LocalStep
 from hf_blocklocal.targets import Targets, Task, choose_alignment, read_targets
@@ -52,7 +53,7 @@ class Assembly:
 
     Attributes:
         config: How it is cut and taught.
-        task: What it is to predict.
+        task: What it is to predict; None with a single block, which asks for nothing but the model's own loss.
         cut: Where it is cut.
         module: The model with its heads.
         parameters: The parameters of each block and its head, in the model's order.
@@ -61,7 +62,7 @@ class Assembly:
     """
 
     config: BlockLocalConfig
-    task: Task
+    task: Task | None
     cut: Cut
     module: TaughtModel
     parameters: tuple[tuple[nn.Parameter, ...], ...]
@@ -80,16 +81,18 @@ class Assembly:
 
     def read_targets(
         self, inputs: Mapping[str, Any], *, seed: tuple[int, ...] = (0,), whole_vocabulary: bool = False
-    ) -> Targets:
-        """Read what a batch is to be taught.
+    ) -> Targets | None:
+        """Read what a batch is to be taught; nothing with a single block.
 
         Args:
             inputs: The model's inputs with labels.
             seed: What the negatives of a vocabulary are drawn from, for example run, step and micro-batch.
             whole_vocabulary: Whether to contrast with all tokens, as an evaluation does.
         """
+        if self.task is None:
+            return None
         targets = read_targets(self.task, inputs)
-        if self.task.target != "vocabulary" or self.last == 0:
+        if self.task.target != "vocabulary" or all(head.feedback.loss != "contrast" for head in self.heads):
             return targets
         generator = torch.Generator().manual_seed(_mix(seed))
         negatives = None if whole_vocabulary else self.config.negatives
@@ -106,14 +109,15 @@ class Assembly:
             taught = "the model's own loss"
             if head is not None:
                 taught = f"{type(head.feedback).__name__}, {type(head.loss).__name__} ({head.loss.family.name})"
-            rows.append((str(block), f"{span.start}-{span.last}", f"{in_block:,}", f"{in_head:,}", taught))
+            layers = f"{span.start}-{span.last}" if self.last > 0 else "all"
+            rows.append((str(block), layers, f"{in_block:,}", f"{in_head:,}", taught))
         widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
         lines = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
         return "\n".join(line.rstrip() for line in lines)
 
 
 def check_structure(model: nn.Module, config: BlockLocalConfig) -> None:
-    """Refuse, without running anything, what can be seen to be impossible.
+    """Refuse, without running anything, what can be seen to be impossible. A single block is always possible.
 
     Raises:
         LayersNotFoundError: If no layers are found.
@@ -121,11 +125,12 @@ def check_structure(model: nn.Module, config: BlockLocalConfig) -> None:
         UnsupportedSettingError: If layers are dropped at random.
         CutError: If there are more blocks than layers.
     """
+    if config.num_blocks == 1:
+        return
     stacks = find_stacks(model, config.layers)
     check_layers_not_shared(model, stacks, config.num_blocks)
     plan_spans(config, sum(len(stack.layers) for stack in stacks))
-    if config.num_blocks > 1:
-        check_all_layers_run(model)
+    check_all_layers_run(model)
 
 
 def assemble(
@@ -141,7 +146,8 @@ def assemble(
     Args:
         model: A transformers model with a task head, on its device.
         config: How to cut and teach it.
-        inputs: A small batch with labels, on the same device; it is run three times without dropout.
+        inputs: A small batch with labels, on the same device; it is run three times without dropout. Not looked at
+            with a single block.
         label_smoothing: Weight of the uniform distribution mixed into class targets.
         seed: Seed of the heads' first weights. The caller's random stream is left untouched.
 
@@ -149,6 +155,8 @@ def assemble(
         BlockLocalError: If model, cut, batch and config do not go together; the subclass and the text say how.
     """
     check_structure(model, config)
+    if config.num_blocks == 1:
+        return _uncut(model, config)
     trace = trace_layers(model, find_stacks(model, config.layers), inputs)
     cut = plan_cut(trace, config)
     device = inputs["labels"].device
@@ -157,7 +165,7 @@ def assemble(
         heads = [_head(model, config, trace, cut, block, label_smoothing) for block in range(cut.num_blocks - 1)]
     module = TaughtModel(model, heads)
     module.heads.to(device)
-    step = LocalStep(model, cut, module.heads, find_router_loss(model) if cut.num_blocks > 1 else None)
+    step = LocalStep(model, cut, module.heads, find_router_loss(model))
     owners = trace_owners(model, step.boundaries, inputs)
     return Assembly(
         config=config,
@@ -167,6 +175,21 @@ def assemble(
         parameters=_by_block(module, owners, cut.num_blocks),
         step=step,
         counts_items=trace.counts_items,
+    )
+
+
+def _uncut(model: nn.Module, config: BlockLocalConfig) -> Assembly:
+    """Return a single block: any model at all, as the plain Trainer takes it."""
+    cut = Cut(layers=(), stacks=(), spans=(Span(0, 0),))
+    module = TaughtModel(model, [])
+    return Assembly(
+        config=config,
+        task=None,
+        cut=cut,
+        module=module,
+        parameters=(tuple(model.parameters()),),
+        step=LocalStep(model, cut, []),
+        counts_items=True,
     )
 
 

@@ -75,6 +75,8 @@ class BlockLocalConfig:
     evaluate_blocks: bool = _help(True, "Report in every evaluation what each block's head would have predicted.")
 
     def __post_init__(self) -> None:
+        if isinstance(self.layers, str):
+            object.__setattr__(self, "layers", (self.layers,))
         for name in ("boundaries", "layers"):
             if isinstance(getattr(self, name), list):
                 object.__setattr__(self, name, tuple(getattr(self, name)))

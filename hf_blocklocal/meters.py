@@ -31,7 +31,7 @@ class BlockLossMeter:
         self._steps += completes_step
 
     def pop(self, num_blocks: int, device: torch.device, world_size: int) -> dict[str, float]:
-        """Return `block_k/loss` since the last call, averaged over processes, and start anew.
+        """Return `block_k/loss` since the last call, averaged over processes, and this one's skipped batches so far.
 
         Args:
             num_blocks: Blocks, K.

@@ -7,6 +7,7 @@ other blocks live in this process or in another one.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import deepcopy
 
 import torch
 from torch import Tensor, nn
@@ -41,13 +42,16 @@ def total_norm(norms: Sequence[Tensor | None]) -> Tensor:
 def step_block_(optimizer: torch.optim.Optimizer, parameters: Sequence[nn.Parameter]) -> None:
     """Step one block with an optimizer that holds all of them, and free the block's gradients.
 
-    The optimizer sees, for the length of this step, only the block's parameters. Its state is kept per parameter, so
+    The optimizer sees, for the length of this step, copies of its groups with only the block's parameters. What it
+    keeps per parameter stays; what it counts per group, it counts when it steps what is left, once for all blocks. So
     the result is the same as if all blocks were stepped at once.
     """
     mine = {id(parameter) for parameter in parameters}
     groups = optimizer.param_groups
     optimizer.param_groups = [
-        {**group, "params": [parameter for parameter in group["params"] if id(parameter) in mine]} for group in groups
+        {key: deepcopy(value) for key, value in group.items() if key != "params"}
+        | {"params": [parameter for parameter in group["params"] if id(parameter) in mine]}
+        for group in groups
     ]
     try:
         optimizer.step()

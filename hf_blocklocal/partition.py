@@ -32,7 +32,7 @@ class Span:
 
 
 def even_spans(num_layers: int, num_blocks: int) -> list[Span]:
-    """Cut a stack into blocks whose sizes differ by at most one layer; the later blocks are the larger ones.
+    """Cut a stack into blocks whose sizes differ by at most one layer.
 
     Args:
         num_layers: Layers in the stack.
@@ -79,8 +79,7 @@ def spans_by_cost(costs: Sequence[float], num_blocks: int) -> list[Span]:
         num_blocks: Blocks to cut the stack into.
 
     Returns:
-        One span per block, in forward order, without gap or overlap. Among equally good cuts, the one whose earlier
-        boundaries come first.
+        One span per block, in forward order, without gap or overlap; the same for the same costs.
 
     Raises:
         CutError: If a block would be left without a layer.

@@ -1,9 +1,9 @@
 """Candidates for a contrast over a vocabulary: the batch's own targets and shared negatives.
 
 The partition function over V tokens is a sum over the distinct targets T of the batch, which all enter, and over the
-other V - |T| tokens, of which M are drawn uniformly and each counts for (V - |T|) / M (Horvitz-Thompson). The estimate
-is unbiased, exact in the limit of all tokens, and needs no count of how often a token occurs. It is the sampled
-softmax of Jean et al. (2015, arXiv 1412.2007) with inclusion probabilities 1 and M / (V - |T|).
+other V - |T| tokens, of which M are drawn uniformly with replacement and each counts for (V - |T|) / M (Hansen and
+Hurwitz 1943). The estimate is unbiased, and needs no count of how often a token occurs; where M reaches V - |T|, all
+tokens enter and it is exact. It is a sampled softmax (Jean et al. 2015, arXiv 1412.2007).
 """
 
 # Shapes: V vocabulary, T distinct targets, M negatives, C = T + M candidates, N targets, E embedding width.

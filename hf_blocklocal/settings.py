@@ -65,12 +65,12 @@ def check_loss_settings(task: Task, *, label_smoothing: float, custom_loss: bool
     """Refuse changes to the model's own loss that the heads cannot follow.
 
     Raises:
-        UnsupportedSettingError: For label smoothing of a regression, and for a `compute_loss_func` with a target per
-            position.
+        UnsupportedSettingError: For label smoothing of targets that are not classes, and for a `compute_loss_func`
+            with a target per position.
     """
-    if label_smoothing and task.target == "regression":
+    if label_smoothing and task.target in ("regression", "multi_label"):
         raise UnsupportedSettingError(
-            f"label_smoothing_factor={label_smoothing} has no meaning for regression targets. Set it to 0."
+            f"label_smoothing_factor={label_smoothing} has no meaning for {task.target} targets. Set it to 0."
         )
     if custom_loss and task.per_position:
         raise UnsupportedSettingError(

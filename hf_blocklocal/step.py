@@ -66,12 +66,12 @@ class LocalStep:
         self.heads = heads
         self.router_loss = router_loss
         self.boundaries = Boundaries(model, cut, router_loss.routers if router_loss else None)
-        self._layer_share = [len(span) / len(cut.layers) for span in cut.spans]
+        self._layer_share = [len(span) / max(len(cut.layers), 1) for span in cut.spans]
 
     @contextmanager
     def teach(
         self,
-        targets: Targets,
+        targets: Targets | None,
         *,
         scale: Tensor | float,
         backward: Callable[[Tensor], None],
@@ -83,7 +83,7 @@ class LocalStep:
         Send the last block's loss back inside the `with` too: checkpointed layers are recomputed with the hooks on.
 
         Args:
-            targets: Targets of this micro-batch.
+            targets: Targets of this micro-batch; None with a single block.
             scale: What the sum of the losses of all targets is multiplied with.
             backward: Runs a backward pass from a loss.
             learned: Called with a block, and the report so far, when its gradients are complete.

@@ -149,7 +149,7 @@ def describe_task(
             return Task("vocabulary", size, per_position=True, shifted=shifted)
         return Task("classes", size, per_position=True)
     if logits.dim() == 2:
-        if problem_type == "regression" or (not is_integer and size == 1):
+        if problem_type == "regression" or (problem_type is None and not is_integer and size == 1):
             return Task("regression", size)
         if is_integer and labels.shape == logits.shape[:1]:
             return Task("classes", size)
@@ -182,7 +182,7 @@ def read_targets(task: Task, inputs: Mapping[str, Tensor]) -> Targets:
 
     Args:
         task: What the labels mean.
-        inputs: The model's inputs with `labels`, or `shift_labels` where a collator has shifted them already.
+        inputs: The model's inputs with `labels`, and with `shift_labels` where a collator has shifted them already.
 
     Returns:
         The targets, none at all if every label is -100. Vocabulary targets are still token ids, without candidates.
@@ -232,6 +232,11 @@ def choose_alignment(
     Raises:
         TargetError: If targets and hidden states have different lengths.
     """
+    if hidden_shape[0] != labels_shape[0]:
+        raise TargetError(
+            f"The labels are for {labels_shape[0]} samples but a block puts out {tuple(hidden_shape)}: a head cannot "
+            "tell which rows answer which target. Multiple choice is not supported."
+        )
     if not task.per_position or not final_stack:
         return "pooled"
     if tuple(hidden_shape[:2]) != tuple(labels_shape):

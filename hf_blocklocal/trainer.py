@@ -77,11 +77,12 @@ class BlockLocalTrainer(Trainer):
         if self._assembly is None or self._assembly.module.model is not self.model:
             smoothing = 0.0 if self.label_smoother is None else self.args.label_smoothing_factor
             with _random_state_kept():
-                batch = self._prepare_inputs(self._first_examples())
+                cut = self.block_local.num_blocks > 1
+                batch = self._prepare_inputs(self._first_examples()) if cut else {}
                 assembly = assemble(
                     self.model, self.block_local, batch, label_smoothing=smoothing, seed=self.args.seed
                 )
-            if assembly.last > 0:
+            if assembly.task is not None:
                 custom = self.compute_loss_func is not None
                 check_loss_settings(assembly.task, label_smoothing=smoothing, custom_loss=custom)
             self._assembly = assembly
@@ -169,6 +170,10 @@ class BlockLocalTrainer(Trainer):
             The last block's loss, detached.
         """
         model.train()
+        if self.assembly.last == 0:
+            loss = super().training_step(self._forward, inputs, num_items_in_batch)
+            self._finish_block(0, StepReport([loss]))
+            return loss
         assembly, inputs = self.assembly, self._prepare_inputs(inputs)
         targets = assembly.read_targets(inputs, seed=self._seed_of_micro_batch())
         if len(targets) == 0:
@@ -207,7 +212,7 @@ class BlockLocalTrainer(Trainer):
     def _items_for_model(self, num_items_in_batch: Any) -> Any:
         """Keep the count from a model that would ignore it, so that the parent averages over accumulation steps."""
         heeded = self.assembly.counts_items or self.compute_loss_func is not None or self.label_smoother is not None
-        return num_items_in_batch if heeded or self.assembly.last == 0 else None
+        return num_items_in_batch if heeded else None
 
     def _custom_loss(self, targets: Targets, num_items_in_batch: Any) -> Callable[[Tensor], Tensor] | None:
         """Return the user's loss as a function of a head's logits, scaled as the parent scales the model's own."""

@@ -174,6 +174,16 @@ def test_early_stopping_stops(tmp_path):
 # ---- Settings ----
 
 
+def test_stepping_at_once_is_the_same_for_an_optimizer_that_counts_in_its_groups(tmp_path):
+    states = []
+    for step_per_block in (False, True):
+        config = BlockLocalConfig(num_blocks=4, step_per_block=step_per_block)
+        trainer = make("bert", tmp_path, optim="stable_adamw", max_steps=4, config=config, learning_rate=0.05)
+        trainer.train()
+        states.append(snapshot(trainer))
+    assert equal(*states)
+
+
 @pytest.mark.parametrize("step_per_block", [False, True])
 @pytest.mark.parametrize(
     "optim",

@@ -56,6 +56,11 @@ def build_head(
             f"feedback={config.feedback!r} cannot carry {task.target!r} targets: it contrasts a target with all "
             "others, which needs a finite set. Use feedback='auto' or 'label'."
         )
+    if config.loss not in ("auto", network.loss):
+        raise TargetError(
+            f"loss={config.loss!r} does not go with feedback={feedback_name!r}: the messages of {network.__name__} "
+            f"are made for {network.loss!r}. Use loss='auto'."
+        )
     natural = _NATURAL_FAMILY[task.target]
     family = config.family
     if family == "auto":

@@ -1,0 +1,216 @@
+"""A configuration checks itself, says what is wrong, and survives being written down."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import pytest
+
+from hf_blocklocal.config import CONFIG_NAME, PRESETS, BlockLocalConfig
+from hf_blocklocal.errors import BlockLocalError, ConfigError
+
+
+CONFIGS = {
+    "defaults": BlockLocalConfig(),
+    "cut by hand": BlockLocalConfig(boundaries=(1, 3), layers=("encoder.block", "decoder.block")),
+    "nothing at its default": BlockLocalConfig(
+        num_blocks=3,
+        balance="cost",
+        feedback="label",
+        loss="agreement",
+        family="categorical",
+        latent_dim=7,
+        pooling="last",
+        negatives=None,
+        step_per_block=True,
+        evaluate_blocks=False,
+    ),
+}
+
+configs = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())
+
+
+@configs
+def test_a_saved_config_is_read_back_equal(config, tmp_path):
+    path = config.save_pretrained(tmp_path / "not" / "there yet")
+    assert path == tmp_path / "not" / "there yet" / "block_local_config.json"
+    assert BlockLocalConfig.from_pretrained(path.parent) == config
+
+
+@configs
+def test_a_config_survives_json(config):
+    values = config.to_dict()
+    assert json.loads(json.dumps(values)) == values
+    assert BlockLocalConfig.from_dict(values) == config
+
+
+def test_the_file_is_for_reading(tmp_path):
+    lines = BlockLocalConfig(num_blocks=3).save_pretrained(tmp_path).read_text(encoding="utf-8").splitlines()
+    assert '  "num_blocks": 3,' in lines
+
+
+def test_a_folder_without_a_config_is_refused_by_name(tmp_path):
+    with pytest.raises(ConfigError, match=f"{tmp_path.name} holds no {CONFIG_NAME}: it was not saved by block-local"):
+        BlockLocalConfig.from_pretrained(tmp_path)
+
+
+def test_a_file_with_an_unknown_option_is_refused(tmp_path):
+    (tmp_path / CONFIG_NAME).write_text('{"num_block": 3}', encoding="utf-8")
+    with pytest.raises(ConfigError, match=r"Unknown block-local options \['num_block'\]"):
+        BlockLocalConfig.from_pretrained(tmp_path)
+
+
+def test_unknown_options_are_named_beside_the_known_ones():
+    with pytest.raises(ConfigError) as error:
+        BlockLocalConfig.from_dict({"num_blocks": 2, "pool": "mean", "blocks": 2})
+    known = [field.name for field in dataclasses.fields(BlockLocalConfig)]
+    assert str(error.value) == f"Unknown block-local options ['blocks', 'pool']. Known are {known}."
+
+
+def test_a_config_cannot_be_changed():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        BlockLocalConfig().num_blocks = 3
+
+
+def test_lists_become_tuples_so_that_configs_compare_and_hash():
+    from_lists = BlockLocalConfig(boundaries=[1, 2], layers=["h"])
+    from_tuples = BlockLocalConfig(boundaries=(1, 2), layers=("h",))
+    assert from_lists == from_tuples
+    assert hash(from_lists) == hash(from_tuples)
+
+
+def test_two_blocks_are_the_default():
+    assert BlockLocalConfig().num_blocks == 2
+
+
+@pytest.mark.parametrize("boundaries", [(), (1,), (2, 5, 9)])
+def test_boundaries_set_the_number_of_blocks(boundaries):
+    assert BlockLocalConfig(boundaries=boundaries).num_blocks == len(boundaries) + 1
+
+
+def test_boundaries_and_their_own_number_of_blocks_agree():
+    assert BlockLocalConfig(num_blocks=3, boundaries=(1, 2)) == BlockLocalConfig(boundaries=(1, 2))
+
+
+REFUSALS = {
+    "unknown balance": (
+        {"balance": "memory"},
+        "balance='memory' is not known. Choose one of ['layers', 'cost'].",
+    ),
+    "unknown feedback": (
+        {"feedback": "chained"},
+        "feedback='chained' is not known. Choose one of ['auto', 'direct', 'label'].",
+    ),
+    "unknown loss": (
+        {"loss": "mse"},
+        "loss='mse' is not known. Choose one of ['auto', 'contrast', 'agreement'].",
+    ),
+    "unknown family": (
+        {"family": "vmf"},
+        "family='vmf' is not known. Choose one of ['auto', 'gaussian', 'bernoulli', 'categorical'].",
+    ),
+    "unknown pooling": (
+        {"pooling": "max"},
+        "pooling='max' is not known. Choose one of ['mean', 'first', 'last'].",
+    ),
+    "no block": (
+        {"num_blocks": 0},
+        "num_blocks must be a whole number of at least 1, got 0.",
+    ),
+    "half a block": (
+        {"num_blocks": 2.5},
+        "num_blocks must be a whole number of at least 1, got 2.5.",
+    ),
+    "a truth value for a number": (
+        {"num_blocks": True},
+        "num_blocks must be a whole number of at least 1, got True.",
+    ),
+    "no latent": (
+        {"latent_dim": 0},
+        "latent_dim must be a whole number of at least 1, got 0.",
+    ),
+    "a nameless latent": (
+        {"latent_dim": None},
+        "latent_dim must be a whole number of at least 1, got None.",
+    ),
+    "no negatives": (
+        {"negatives": 0},
+        "negatives must be a whole number of at least 1, got 0.",
+    ),
+    "two numbers of blocks": (
+        {"num_blocks": 2, "boundaries": (1, 2)},
+        "num_blocks=2 contradicts boundaries=[1, 2], which make 3 blocks. Leave one of the two out.",
+    ),
+    "two ways to cut": (
+        {"boundaries": (1,), "balance": "cost"},
+        "balance='cost' and explicit boundaries exclude each other. Leave one out.",
+    ),
+    "descending boundaries": (
+        {"boundaries": (3, 1)},
+        "boundaries=[3, 1] must ascend strictly from at least 1: each is the first layer of a block, and layer 0 "
+        "always opens the first one.",
+    ),
+    "the same boundary twice": (
+        {"boundaries": (1, 1)},
+        "boundaries=[1, 1] must ascend strictly from at least 1: each is the first layer of a block, and layer 0 "
+        "always opens the first one.",
+    ),
+    "a boundary at the first layer": (
+        {"boundaries": (0, 2)},
+        "boundaries=[0, 2] must ascend strictly from at least 1: each is the first layer of a block, and layer 0 "
+        "always opens the first one.",
+    ),
+}
+
+
+@pytest.mark.parametrize(("values", "message"), REFUSALS.values(), ids=REFUSALS.keys())
+def test_a_config_that_contradicts_itself_says_how(values, message):
+    with pytest.raises(ConfigError) as error:
+        BlockLocalConfig(**values)
+    assert str(error.value) == message
+
+
+def test_whoever_catches_value_errors_catches_this_one():
+    assert issubclass(ConfigError, ValueError)
+    assert issubclass(ConfigError, BlockLocalError)
+
+
+def test_a_bare_name_of_layers_is_not_read_letter_by_letter():
+    assert BlockLocalConfig(layers="model.layers").layers == ("model.layers",)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_preset_sets_its_fields_and_leaves_the_others(name):
+    config = BlockLocalConfig.from_preset(name)
+    assert config.to_dict() == BlockLocalConfig().to_dict() | PRESETS[name]
+
+
+def test_the_presets_are_what_their_papers_say():
+    pred = BlockLocalConfig.from_preset("pred")
+    assert (pred.feedback, pred.loss, pred.num_blocks) == ("label", "agreement", 2)
+    assert BlockLocalConfig.from_preset("backprop").num_blocks == 1
+
+
+def test_what_is_asked_for_wins_over_the_preset():
+    config = BlockLocalConfig.from_preset("pred", num_blocks=4, pooling="first")
+    assert (config.feedback, config.num_blocks, config.pooling) == ("label", 4, "first")
+    assert BlockLocalConfig.from_preset("backprop", num_blocks=3).num_blocks == 3
+
+
+def test_a_preset_takes_no_unknown_option():
+    with pytest.raises(ConfigError, match=r"Unknown block-local options \['depth'\]"):
+        BlockLocalConfig.from_preset("pred", depth=2)
+
+
+def test_an_unknown_preset_is_refused_beside_the_known_ones():
+    with pytest.raises(ConfigError) as error:
+        BlockLocalConfig.from_preset("dgl")
+    assert str(error.value) == "There is no preset 'dgl'. Choose one of ['backprop', 'pred']."
+
+
+def test_every_field_carries_its_help_once():
+    texts = [field.metadata["help"] for field in dataclasses.fields(BlockLocalConfig)]
+    assert len(set(texts)) == len(texts)
+    # argparse takes a per cent sign for a format.
+    assert not [text for text in texts if "%" in text or not text.endswith(".")]

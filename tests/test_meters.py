@@ -1,0 +1,62 @@
+"""The meter sums over micro-batches and divides by optimizer steps."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from hf_blocklocal.meters import BlockLossMeter
+
+
+CPU = torch.device("cpu")
+
+
+def losses(*values, dtype=torch.float32):
+    return [torch.tensor(value, dtype=dtype) for value in values]
+
+
+def pop(meter, num_blocks=2):
+    return meter.pop(num_blocks, CPU, world_size=1)
+
+
+def test_micro_batches_are_summed_and_steps_are_averaged():
+    meter = BlockLossMeter()
+    for first, second, completes in [(1.0, 2.0, False), (3.0, 4.0, True), (5.0, 0.0, False), (7.0, 2.0, True)]:
+        meter.add(losses(first, second), completes_step=completes)
+    assert pop(meter) == {"block_0/loss": 16 / 2, "block_1/loss": 8 / 2}
+
+
+def test_a_log_starts_anew():
+    meter = BlockLossMeter()
+    meter.add(losses(10.0, 20.0), completes_step=True)
+    pop(meter)
+    meter.add(losses(1.0, 2.0), completes_step=True)
+    assert pop(meter) == {"block_0/loss": 1.0, "block_1/loss": 2.0}
+
+
+def test_every_block_has_its_name_even_if_nothing_was_added():
+    assert pop(BlockLossMeter(), 3) == {"block_0/loss": 0.0, "block_1/loss": 0.0, "block_2/loss": 0.0}
+
+
+def test_losses_in_half_precision_are_summed_in_full():
+    meter = BlockLossMeter()
+    for _ in range(300):
+        meter.add(losses(1.0, 1.0, dtype=torch.bfloat16), completes_step=False)
+    assert pop(meter)["block_0/loss"] == 300.0
+
+
+def test_skipped_micro_batches_are_counted_and_complete_their_steps():
+    meter = BlockLossMeter()
+    meter.add(losses(3.0, 6.0), completes_step=True)
+    meter.skip(completes_step=False)
+    meter.skip(completes_step=True)
+    assert meter.skipped_batches == 2
+    assert pop(meter) == {"block_0/loss": 1.5, "block_1/loss": 3.0, "skipped_batches": 2}
+
+
+@pytest.mark.parametrize("skipped", [0, 1])
+def test_nothing_is_said_of_skipping_where_nothing_was_skipped(skipped):
+    meter = BlockLossMeter()
+    for _ in range(skipped):
+        meter.skip(completes_step=True)
+    assert ("skipped_batches" in pop(meter)) == bool(skipped)

@@ -1,0 +1,127 @@
+"""What cannot work block-locally is refused by name before anything is run."""
+
+from __future__ import annotations
+
+import pytest
+from accelerate.utils import DistributedType
+from transformers import TrainingArguments
+
+from hf_blocklocal.config import BlockLocalConfig
+from hf_blocklocal.errors import UnsupportedSettingError
+from hf_blocklocal.settings import check_arguments, check_launcher, check_loss_settings
+from hf_blocklocal.targets import Task
+
+
+CONFIG = BlockLocalConfig()
+STEP_PER_BLOCK = BlockLocalConfig(step_per_block=True)
+
+
+def arguments(tmp_path, **options):
+    """Make arguments, and set behind their back what they would not take on this machine."""
+    args = TrainingArguments(output_dir=str(tmp_path), report_to="none", use_cpu=True)
+    for name, value in options.items():
+        assert hasattr(args, name), f"TrainingArguments has no {name}"
+        setattr(args, name, value)
+    return args
+
+
+def refusal(args, config=CONFIG):
+    with pytest.raises(UnsupportedSettingError) as error:
+        check_arguments(args, config)
+    return str(error.value)
+
+
+@pytest.mark.parametrize("config", [CONFIG, STEP_PER_BLOCK])
+def test_ordinary_arguments_are_welcome(tmp_path, config):
+    check_arguments(arguments(tmp_path), config)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "what"),
+    [
+        ("deepspeed", "zero2.json", "DeepSpeed"),
+        ("fsdp", "full_shard", "FSDP"),
+        ("parallelism_config", object(), "a ParallelismConfig (tensor, context or sequence parallelism)"),
+    ],
+)
+def test_sharding_is_refused(tmp_path, name, value, what):
+    assert refusal(arguments(tmp_path, **{name: value})) == (
+        f"{name} is set, but {what} is not supported: it runs one backward pass through the whole model, and "
+        "block-local learning has one per block. Unset it; data parallelism with accelerate launch works."
+    )
+
+
+@pytest.mark.parametrize("optim", ["lomo", "adalomo", "galore_adamw_layerwise", "apollo_adamw_layerwise"])
+def test_optimizers_that_step_inside_the_backward_pass_are_refused(tmp_path, optim):
+    args = TrainingArguments(output_dir=str(tmp_path), report_to="none", use_cpu=True, optim=optim)
+    assert refusal(args).startswith(f"optim='{optim}' steps inside the backward pass, which here runs once per block.")
+
+
+@pytest.mark.parametrize("optim", ["adamw_torch", "adafactor", "sgd", "galore_adamw"])
+def test_optimizers_that_step_after_the_backward_pass_are_welcome(tmp_path, optim):
+    check_arguments(TrainingArguments(output_dir=str(tmp_path), report_to="none", use_cpu=True, optim=optim), CONFIG)
+
+
+@pytest.mark.parametrize("kwargs", [None, {}, {"use_reentrant": False}])
+def test_checkpointing_that_is_not_reentrant_is_welcome(tmp_path, kwargs):
+    check_arguments(arguments(tmp_path, gradient_checkpointing_kwargs=kwargs), CONFIG)
+
+
+def test_reentrant_checkpointing_is_refused(tmp_path):
+    assert refusal(arguments(tmp_path, gradient_checkpointing_kwargs={"use_reentrant": True})) == (
+        "gradient_checkpointing_kwargs={'use_reentrant': True} needs an input that requires gradient, and a block's "
+        "input has none. Use {'use_reentrant': False}, which is the default."
+    )
+
+
+def test_reentrant_checkpointing_is_refused_by_its_other_name(tmp_path):
+    args = arguments(tmp_path)
+    args.activation_checkpointing_kwargs = {"use_reentrant": True}
+    assert refusal(args).startswith("activation_checkpointing_kwargs={'use_reentrant': True}")
+
+
+def test_a_loss_scaler_and_steps_per_block_exclude_each_other(tmp_path):
+    args = arguments(tmp_path, fp16=True)
+    check_arguments(args, CONFIG)
+    assert refusal(args, STEP_PER_BLOCK) == (
+        "step_per_block=True and fp16=True exclude each other: the loss scaler unscales all gradients at once. Use "
+        "bf16=True, or step_per_block=False."
+    )
+    check_arguments(arguments(tmp_path, bf16=True), STEP_PER_BLOCK)
+
+
+@pytest.mark.parametrize(
+    "kind", [DistributedType.DEEPSPEED, DistributedType.FSDP, DistributedType.MEGATRON_LM, "fsdp"]
+)
+def test_a_launcher_that_shards_is_refused(kind):
+    name = str(getattr(kind, "value", kind)).upper()
+    with pytest.raises(UnsupportedSettingError, match=f"accelerate was launched with {name}, which is not supported"):
+        check_launcher(kind)
+
+
+@pytest.mark.parametrize("kind", [DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU])
+def test_a_launcher_that_does_not_shard_is_welcome(kind):
+    check_launcher(kind)
+
+
+def test_smoothing_has_no_meaning_for_numbers():
+    check_loss_settings(Task("regression", 1), label_smoothing=0.0, custom_loss=False)
+    check_loss_settings(Task("classes", 3), label_smoothing=0.1, custom_loss=False)
+    with pytest.raises(UnsupportedSettingError) as error:
+        check_loss_settings(Task("regression", 1), label_smoothing=0.1, custom_loss=False)
+    assert str(error.value) == "label_smoothing_factor=0.1 has no meaning for regression targets. Set it to 0."
+
+
+def test_smoothing_has_no_meaning_for_float_labels():
+    with pytest.raises(UnsupportedSettingError):
+        check_loss_settings(Task("multi_label", 3), label_smoothing=0.1, custom_loss=False)
+
+
+def test_a_custom_loss_cannot_teach_positions():
+    check_loss_settings(Task("classes", 3), label_smoothing=0.0, custom_loss=True)
+    check_loss_settings(Task("vocabulary", 9, per_position=True), label_smoothing=0.0, custom_loss=False)
+    for task in (Task("vocabulary", 9, per_position=True), Task("classes", 3, per_position=True)):
+        with pytest.raises(
+            UnsupportedSettingError, match="compute_loss_func cannot teach the blocks of a model with a"
+        ):
+            check_loss_settings(task, label_smoothing=0.0, custom_loss=True)
