@@ -37,7 +37,7 @@ class Gaussian:
 
     def overlap(self, a_NZ: Tensor, b_CZ: Tensor) -> Tensor:
         """Return `a b / 2 - b^2 / 4` summed over units: the overlap without `a^2 / 4`."""
-        return (a_NZ @ b_CZ.T).float() / 2 - b_CZ.float().square().sum(-1) / 4
+        return (a_NZ / 2 @ b_CZ.T).float() - b_CZ.float().square().sum(-1) / 4
 
     def surprise(self, a_NZ: Tensor, values: Tensor, label_smoothing: float) -> Tensor:
         """Return `(a - y)^2 / 4` summed over units."""

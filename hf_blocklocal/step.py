@@ -105,6 +105,9 @@ class LocalStep:
             if loss.requires_grad:
                 with torch.autocast(hidden.device.type, enabled=False), outputs_not_recorded():
                     backward(loss)
+                if torch.is_autocast_enabled(hidden.device.type):
+                    # The copies of this block's weights in low precision would live until the whole forward ends.
+                    torch.clear_autocast_cache()
             learned(block, report)
 
         with self.boundaries.attached(leave):

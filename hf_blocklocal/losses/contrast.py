@@ -24,12 +24,13 @@ class Contrast(LocalLoss):
         candidates = messages.targets.candidates
         log_weights_C = scores_NC.new_zeros(()) if candidates is None else candidates.log_weights_C
         size = scores_NC.shape[-1] if candidates is None else candidates.vocabulary
-        log_total_N = (scores_NC + log_weights_C).logsumexp(-1)
-        loss_N = log_total_N - scores_NC.gather(1, messages.targets.values.unsqueeze(1)).squeeze(1)
+        # A target's own weight is 1. One log-softmax, so that the matrix of scores is saved for backward only once.
+        log_p_NC = (scores_NC + log_weights_C).log_softmax(-1)
+        loss_N = -log_p_NC.gather(1, messages.targets.values.unsqueeze(1)).squeeze(1)
         if self.label_smoothing == 0:
             return loss_N
-        mean_score_N = (scores_NC * log_weights_C.exp()).sum(-1) / size
-        return (1 - self.label_smoothing) * loss_N + self.label_smoothing * (log_total_N - mean_score_N)
+        uniform_N = -((log_p_NC - log_weights_C) * log_weights_C.exp()).sum(-1) / size
+        return (1 - self.label_smoothing) * loss_N + self.label_smoothing * uniform_N
 
     def logits(self, messages: Messages) -> Tensor:
         """Return the log overlap with every candidate's message, (N, C), up to a term per row."""
