@@ -21,6 +21,7 @@ from hf_blocklocal.anatomy import (
 )
 from hf_blocklocal.blocks import Cut
 from hf_blocklocal.config import BlockLocalConfig
+from hf_blocklocal.errors import UnsupportedSettingError
 from hf_blocklocal.feedback import FeedbackHead, build_head
 from hf_blocklocal.partition import Span
 from hf_blocklocal.sampling import with_candidates
@@ -98,6 +99,20 @@ class Assembly:
         negatives = None if whole_vocabulary else self.config.negatives
         embedding = target_embedding(self.module.model)
         return with_candidates(targets, embedding, negatives=negatives, generator=generator)
+
+    def check_last_block_learns(self) -> None:
+        """Refuse to train where the model's own loss has nothing to teach.
+
+        Raises:
+            UnsupportedSettingError: If no parameter of the last block of several is trainable.
+        """
+        if self.last > 0 and not any(parameter.requires_grad for parameter in self.parameters[self.last]):
+            span = self.cut.spans[self.last]
+            raise UnsupportedSettingError(
+                f"Block {self.last} (layers {span.start} to {span.last} and the task head) has no trainable "
+                "parameter, so the model's own loss teaches nothing, and it cannot reach the layers below. "
+                "Unfreeze the task head or a layer there, or use num_blocks=1."
+            )
 
     def describe(self) -> str:
         """Return the cut as a table: block, layers, parameters of block and head, what teaches it."""

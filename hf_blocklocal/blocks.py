@@ -130,7 +130,7 @@ class _Visit:
 
     def remember(self, layer: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """Note what a layer has made, for the later layers of its block."""
-        map_tensors(output, self._made_here.append)
+        map_tensors(output, lambda tensor: self._made_here.append(tensor) if tensor.requires_grad else None)
 
     def tap(self, block: int, index: int) -> Callable[..., Any]:
         """Keep a router's logits for the loss of its block, as a tensor that can be detached in place later."""

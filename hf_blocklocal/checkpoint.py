@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from hf_blocklocal.blocks import Cut
-from hf_blocklocal.config import CONFIG_NAME, BlockLocalConfig
+from hf_blocklocal.config import CONFIG_NAME
 from hf_blocklocal.errors import HeadsMismatchError
 
 
@@ -19,22 +19,20 @@ HEADS_NAME = "block_local_heads.safetensors"
 FILES = (CONFIG_NAME, HEADS_NAME)
 
 
-def save_heads(
-    save_directory: str | os.PathLike[str], *, heads: nn.Module, cut: Cut, config: BlockLocalConfig
-) -> None:
-    """Write `block_local_config.json` and `block_local_heads.safetensors` into a folder.
+def save_heads(save_directory: str | os.PathLike[str], *, heads: nn.Module, cut: Cut) -> None:
+    """Write `block_local_heads.safetensors` into a folder.
 
     Args:
         save_directory: The folder of the checkpoint.
         heads: The heads; with a single block there are none, and the file says so.
         cut: Where the model was cut, kept in the file's metadata.
-        config: How it was cut and taught.
     """
-    config.save_pretrained(save_directory)
     # One entry, because safetensors writes several in an order that differs from file to file.
     metadata = {"boundaries": json.dumps([span.start for span in cut.spans[1:]])}
     tensors = {name: tensor.detach().contiguous() for name, tensor in heads.state_dict().items()}
-    save_file(tensors, Path(save_directory) / HEADS_NAME, metadata=metadata)
+    folder = Path(save_directory)
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, folder / HEADS_NAME, metadata=metadata)
 
 
 def load_heads_(heads: nn.Module, save_directory: str | os.PathLike[str], *, cut: Cut) -> None:

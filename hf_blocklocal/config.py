@@ -80,6 +80,7 @@ class BlockLocalConfig:
         for name in ("boundaries", "layers"):
             if isinstance(getattr(self, name), list):
                 object.__setattr__(self, name, tuple(getattr(self, name)))
+        self._check_types()
         if self.num_blocks is None:
             object.__setattr__(
                 self, "num_blocks", DEFAULT_BLOCKS if self.boundaries is None else len(self.boundaries) + 1
@@ -102,6 +103,16 @@ class BlockLocalConfig:
                 continue
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ConfigError(f"{name} must be a whole number of at least 1, got {value!r}.")
+
+    def _check_types(self) -> None:
+        for name in ("step_per_block", "evaluate_blocks"):
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigError(f"{name} must be true or false, got {getattr(self, name)!r}.")
+        for name, kind, what in (("boundaries", int, "whole numbers"), ("layers", str, "dotted names")):
+            value = getattr(self, name)
+            fits = isinstance(value, tuple) and all(type(item) is kind for item in value)
+            if value is not None and (not fits or (name == "layers" and not value)):
+                raise ConfigError(f"{name} must be a list of {what}, or left out; got {value!r}.")
 
     def _check_cut(self) -> None:
         if self.boundaries is None:

@@ -15,16 +15,14 @@ from torch import Tensor, nn
 
 
 class GradientAverager:
-    """Averages gradients over a process group; does nothing with one process.
+    """Averages gradients over all processes; does nothing with one.
 
     Args:
-        world_size: Processes that hold a copy.
-        group: Their group, None for all processes.
+        world_size: Processes, each of which holds a copy.
     """
 
-    def __init__(self, world_size: int, group: dist.ProcessGroup | None = None) -> None:
+    def __init__(self, world_size: int) -> None:
         self.world_size = world_size
-        self.group = group
         self._pending: list[_Bucket] = []
 
     def start(self, parameters: Sequence[nn.Parameter]) -> None:
@@ -35,7 +33,7 @@ class GradientAverager:
         for parameter in parameters:
             if parameter.requires_grad:
                 by_kind[parameter.dtype, parameter.device].append(parameter)
-        self._pending.extend(_Bucket(bucket, self.group) for bucket in by_kind.values())
+        self._pending.extend(_Bucket(bucket) for bucket in by_kind.values())
 
     def finish(self) -> None:
         """Wait for all gradients sent off so far and put the averages in place."""
@@ -47,7 +45,7 @@ class GradientAverager:
 class _Bucket:
     """Gradients of one dtype on one device, flat, followed by a flag per parameter that tells whether it had one."""
 
-    def __init__(self, parameters: Sequence[nn.Parameter], group: dist.ProcessGroup | None) -> None:
+    def __init__(self, parameters: Sequence[nn.Parameter]) -> None:
         self.parameters = parameters
         present = [parameter.grad is not None for parameter in parameters]
         pieces = [
@@ -55,7 +53,7 @@ class _Bucket:
             for parameter, has in zip(parameters, present, strict=True)
         ]
         self.flat = torch.cat([*pieces, pieces[0].new_tensor(present)])
-        self.work = dist.all_reduce(self.flat, group=group, async_op=True)
+        self.work = dist.all_reduce(self.flat, async_op=True)
 
     def finish(self, world_size: int) -> None:
         self.work.wait()
@@ -67,10 +65,10 @@ class _Bucket:
                 parameter.grad = gradient.view_as(parameter)
 
 
-def broadcast_from_first(tensors: Iterable[Tensor], group: dist.ProcessGroup | None = None) -> None:
+def broadcast_from_first(tensors: Iterable[Tensor]) -> None:
     """Give every process the first one's values, in place."""
     for tensor in tensors:
-        dist.broadcast(tensor.detach(), src=0, group=group)
+        dist.broadcast(tensor.detach(), src=0)
 
 
 def average_over_processes(values: Tensor, world_size: int) -> Tensor:

@@ -38,6 +38,7 @@ class BlockScores:
         self.boundaries = boundaries
         self.batch_BK3: Tensor | None = None
         self._sums_K3: Tensor | None = None
+        self._has_hits = True
 
     @contextmanager
     def watch(self, targets: Targets, batch_size: int) -> Iterator[None]:
@@ -47,6 +48,7 @@ class BlockScores:
             targets: Targets of the batch; over a vocabulary, with the whole of it as candidates.
             batch_size: Samples in the batch.
         """
+        self._has_hits = targets.task.target != "regression"
         columns_BK3 = torch.zeros(batch_size, len(self.heads), 3, device=targets.values.device)
 
         def leave(block: int, hidden: Tensor, _router_logits: tuple[Tensor, ...]) -> None:
@@ -69,21 +71,22 @@ class BlockScores:
         for block, (loss, hits, count) in enumerate(() if self._sums_K3 is None else self._sums_K3.tolist()):
             if count > 0:
                 metrics[f"{prefix}_block_{block}_loss"] = loss / count
-                if hits >= 0:
+                if self._has_hits:
                     metrics[f"{prefix}_block_{block}_accuracy"] = hits / count
         return metrics
 
 
 def score(loss: LocalLoss, messages: Messages) -> Tensor:
-    """Return loss, hits and count of elements for each target, (N, 3); hits are -1 where nothing is right or wrong."""
+    """Return loss, hits and count of elements for each target, (N, 3); a regression has no hits."""
     rows = []
     values = messages.targets.values
     for start in range(0, len(values), _CHUNK):
         part = slice(start, start + _CHUNK)
         targets = replace(messages.targets, values=values[part])
         chunk = Messages(messages.forward_NZ[part], messages.backward_CZ, targets)
-        loss_N = loss(chunk)
-        hits_N, per_target = _hits(loss.logits(chunk), targets)
+        logits_NC = loss.logits(chunk)
+        loss_N = loss.of_logits(logits_NC, targets)
+        hits_N, per_target = _hits(logits_NC, targets)
         rows.append(torch.stack([loss_N.float(), hits_N, torch.full_like(hits_N, per_target)], dim=1))
     return torch.cat(rows) if rows else values.new_zeros((0, 3), dtype=torch.float32)
 
@@ -91,7 +94,7 @@ def score(loss: LocalLoss, messages: Messages) -> Tensor:
 def _hits(logits: Tensor, targets: Targets) -> tuple[Tensor, float]:
     kind = targets.task.target
     if kind == "regression":
-        return logits.new_full((len(targets),), -1.0), float(logits.shape[1])
+        return logits.new_zeros(len(targets)), float(logits.shape[1])
     if kind == "multi_label":
         return ((logits > 0) == (targets.values > 0.5)).sum(1).float(), float(logits.shape[1])
     return (logits.argmax(-1) == targets.values).float(), 1.0

@@ -6,13 +6,13 @@ other blocks live in this process or in another one.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from copy import deepcopy
 
 import torch
 from torch import Tensor, nn
 
-from hf_blocklocal.errors import UnsupportedSettingError
+from hf_blocklocal.errors import NonFiniteLossError, UnsupportedSettingError
 
 
 def clip_block_(parameters: Sequence[nn.Parameter], max_norm: float) -> Tensor | None:
@@ -27,6 +27,28 @@ def clip_block_(parameters: Sequence[nn.Parameter], max_norm: float) -> Tensor |
     """
     with_gradient = [parameter for parameter in parameters if parameter.grad is not None]
     return torch.nn.utils.clip_grad_norm_(with_gradient, max_norm) if with_gradient else None
+
+
+def check_norms(norms: Mapping[int, Tensor], step: int) -> None:
+    """Stop before a gradient that is not finite, of this process or averaged in from another, reaches a weight.
+
+    Args:
+        norms: Norm of the gradient of each block.
+        step: Optimizer step under way, for the message.
+
+    Raises:
+        NonFiniteLossError: If a norm is NaN or infinite.
+    """
+    if not norms:
+        return
+    device = next(iter(norms.values())).device
+    finite = torch.stack([norm.float().to(device) for norm in norms.values()]).isfinite().tolist()
+    for block, is_finite in zip(norms, finite, strict=True):
+        if not is_finite:
+            raise NonFiniteLossError(
+                f"The gradient of block {block} is not finite at step {step}. Its weights have not been touched. "
+                "Lower the learning rate, look at the data of this batch, and resume from the last checkpoint."
+            )
 
 
 def total_norm(norms: Sequence[Tensor | None]) -> Tensor:

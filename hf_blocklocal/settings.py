@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from torch import nn
 from transformers import TrainingArguments
 
 from hf_blocklocal.config import BlockLocalConfig
@@ -16,7 +17,7 @@ _SHARDING = {
 }
 
 
-def check_arguments(args: TrainingArguments, config: BlockLocalConfig) -> None:
+def check_arguments(args: TrainingArguments) -> None:
     """Refuse training arguments that do not go together with blocks.
 
     Raises:
@@ -40,24 +41,38 @@ def check_arguments(args: TrainingArguments, config: BlockLocalConfig) -> None:
                 f"{name}={{'use_reentrant': True}} needs an input that requires gradient, and a block's input has "
                 "none. Use {'use_reentrant': False}, which is the default."
             )
-    if config.step_per_block and args.fp16:
-        raise UnsupportedSettingError(
-            "step_per_block=True and fp16=True exclude each other: the loss scaler unscales all gradients at once. "
-            "Use bf16=True, or step_per_block=False."
-        )
 
 
-def check_launcher(distributed_type: str) -> None:
-    """Refuse sharding that was asked for by `accelerate config` or the environment, not by an argument.
+def check_launcher(distributed_type: str, mixed_precision: str, config: BlockLocalConfig) -> None:
+    """Refuse what an argument, `accelerate config` or the environment may ask for.
 
     Raises:
-        UnsupportedSettingError: If accelerate was started with something other than data parallelism.
+        UnsupportedSettingError: If accelerate was started with something other than data parallelism, or with fp16
+            where blocks are to be stepped one by one.
     """
+    if config.step_per_block and config.num_blocks > 1 and mixed_precision == "fp16":
+        raise UnsupportedSettingError(
+            "step_per_block=True and mixed precision fp16 exclude each other: the loss scaler unscales all gradients "
+            "at once. Use bf16, or step_per_block=False."
+        )
     kind = str(getattr(distributed_type, "value", distributed_type)).upper()
     if kind in ("DEEPSPEED", "FSDP", "MEGATRON_LM"):
         raise UnsupportedSettingError(
             f"accelerate was launched with {kind}, which is not supported: block-local learning runs a backward pass "
             "per block. Launch with plain multi-GPU data parallelism."
+        )
+
+
+def check_placement(model: nn.Module, *, model_parallel: bool) -> None:
+    """Refuse models whose layers lie on several devices.
+
+    Raises:
+        UnsupportedSettingError: If the model was loaded with a device map over several devices, or tensor parallel.
+    """
+    if model_parallel or (getattr(model, "tp_size", None) or 1) > 1:
+        raise UnsupportedSettingError(
+            f"{type(model).__name__} lies on several devices (device_map or tp_plan), which is not supported yet. "
+            "Load it on one device; data parallelism with accelerate launch works."
         )
 
 

@@ -100,8 +100,8 @@ class LocalStep:
                 loss = head(hidden, targets).sum() * scale
             else:
                 loss = custom_loss(head.logits(hidden, targets))
-            report.losses.append(loss.detach())
             loss = loss + self._router_loss(block, router_logits, targets) if router_logits else loss
+            report.losses.append(loss.detach())
             if loss.requires_grad:
                 with torch.autocast(hidden.device.type, enabled=False), outputs_not_recorded():
                     backward(loss)

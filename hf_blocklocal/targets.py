@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from hf_blocklocal.errors import TargetError
@@ -68,8 +69,8 @@ class Targets:
         values: (N,) class or candidate indices, or (N, M) floats.
         samples_N: Row of the batch that each target belongs to.
         positions_N: Place in the flattened (B * S) sequence whose hidden state predicts it, None without positions.
-        shape_BS: Shape of the labels with positions, None without.
         mask_BS: Attention mask of the inputs, None if there is none.
+        stretched: Whether the mask counts samples of sound, of which a hidden state stands for several.
         candidates: Candidates of a vocabulary, None for other tasks.
     """
 
@@ -77,8 +78,8 @@ class Targets:
     values: Tensor
     samples_N: Tensor
     positions_N: Tensor | None = None
-    shape_BS: tuple[int, int] | None = None
     mask_BS: Tensor | None = None
+    stretched: bool = False
     candidates: Candidates | None = None
 
     def __len__(self) -> int:
@@ -102,7 +103,10 @@ class Targets:
         """
         if alignment == "position":
             return hidden.flatten(0, 1)[self.positions_N], None
-        return pool(hidden, self.mask_BS, pooling), self.samples_N
+        mask_BS = self.mask_BS
+        if self.stretched and mask_BS is not None and hidden.dim() == 3:
+            mask_BS = F.interpolate(mask_BS[:, None].float(), size=hidden.shape[1], mode="nearest")[:, 0]
+        return pool(hidden, mask_BS, pooling), self.samples_N
 
 
 def pool(hidden: Tensor, mask_BS: Tensor | None, pooling: Pooling) -> Tensor:
@@ -151,7 +155,7 @@ def describe_task(
     if logits.dim() == 2:
         if problem_type == "regression" or (problem_type is None and not is_integer and size == 1):
             return Task("regression", size)
-        if is_integer and labels.shape == logits.shape[:1]:
+        if is_integer and labels.shape in (logits.shape[:1], (logits.shape[0], 1)):
             return Task("classes", size)
         if not is_integer and labels.shape == logits.shape:
             return Task("multi_label", size)
@@ -169,6 +173,8 @@ def labels_of(inputs: Mapping[str, Tensor]) -> Tensor:
         TargetError: If there are none.
     """
     labels = inputs.get("labels")
+    if labels is None and "start_positions" in inputs:
+        raise TargetError("The batch holds spans (start_positions), for which there is no feedback head yet.")
     if labels is None:
         raise TargetError(
             f"The batch holds no 'labels', only {sorted(inputs)}: block-local learning needs the target at every "
@@ -190,27 +196,27 @@ def read_targets(task: Task, inputs: Mapping[str, Tensor]) -> Targets:
     labels = labels_of(inputs)
     mask_BS = inputs.get("attention_mask")
     mask_BS = mask_BS if mask_BS is not None and mask_BS.dim() == 2 else None
+    stretched = "input_values" in inputs or "input_features" in inputs
     if not task.per_position:
-        values = (
-            labels.reshape(labels.shape[0], -1).float() if task.target in ("multi_label", "regression") else labels
-        )
         samples_N = torch.arange(labels.shape[0], device=labels.device)
         if task.target == "classes":
-            samples_N = samples_N[labels != IGNORED]
-            values = labels[samples_N]
-        return Targets(task, values, samples_N, mask_BS=mask_BS)
+            samples_N = samples_N[labels.flatten() != IGNORED]
+            values = labels.flatten()[samples_N]
+        else:
+            values = labels.float().reshape(labels.shape[0], -1)
+        return Targets(task, values, samples_N, mask_BS=mask_BS, stretched=stretched)
     if "shift_labels" in inputs:
         labels = inputs["shift_labels"]
     elif task.shifted:
-        labels = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORED)
+        labels = F.pad(labels[:, 1:], (0, 1), value=IGNORED)
     positions_N = (labels.reshape(-1) != IGNORED).nonzero().squeeze(1)
     return Targets(
         task,
         labels.reshape(-1)[positions_N],
         samples_N=positions_N // labels.shape[1],
         positions_N=positions_N,
-        shape_BS=(labels.shape[0], labels.shape[1]),
         mask_BS=mask_BS,
+        stretched=stretched,
     )
 
 

@@ -5,7 +5,6 @@ Runs the model's own forward without dropout and leaves it as it was; knows noth
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -92,7 +91,7 @@ def trace_layers(model: nn.Module, stacks: Sequence[Stack], inputs: Mapping[str,
             )
         )
     try:
-        with inference_mode_of(model), flops:
+        with evaluation_mode(model), flops:
             outputs = model(**inputs)
     finally:
         for handle in handles:
@@ -114,7 +113,7 @@ def trace_layers(model: nn.Module, stacks: Sequence[Stack], inputs: Mapping[str,
             problem_type=getattr(getattr(model, "config", None), "problem_type", None),
         ),
         labels_shape=tuple(labels.shape),
-        counts_items=_counts_items(model, inputs, loss),
+        counts_items=_counts_items(model, inputs, loss.device),
     )
 
 
@@ -176,14 +175,14 @@ def trace_owners(model: nn.Module, boundaries: Boundaries, inputs: Mapping[str, 
                 )
             owners[name] = block
 
-    with inference_mode_of(model), torch.enable_grad(), boundaries.attached(note):
+    with evaluation_mode(model), torch.enable_grad(), boundaries.attached(note):
         outputs = model(**inputs)
         note(cut.num_blocks - 1, _output(model, outputs, "loss", 0))
     return owners | {name: block for name in owners if (block := cut.block_of_path(name)) is not None}
 
 
 @contextmanager
-def inference_mode_of(model: nn.Module) -> Iterator[None]:
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
     """Put every module into evaluation mode, and back into the mode it was in."""
     modes = {module: module.training for module in model.modules()}
     model.eval()
@@ -200,16 +199,19 @@ def _costs(marks: Sequence[float], total: float) -> tuple[float, ...]:
     return tuple(float(stop - start) for start, stop in zip(edges, edges[1:], strict=False))
 
 
-def _counts_items(model: nn.Module, inputs: Mapping[str, Any], loss: Tensor) -> bool:
+def _counts_items(model: nn.Module, inputs: Mapping[str, Any], device: torch.device) -> bool:
     accepts = getattr(model, "accepts_loss_kwargs", True)
     if not accepts:
         return False
     try:
-        with inference_mode_of(model):
-            counted = model(**inputs, num_items_in_batch=torch.tensor(1e6, device=loss.device))
+        with evaluation_mode(model):
+            few, many = (
+                _output(model, model(**inputs, num_items_in_batch=count), "loss", 0).item()
+                for count in (torch.ones((), device=device), torch.full((), 2.0, device=device))
+            )
     except TypeError:
         return False
-    return not math.isclose(_output(model, counted, "loss", 0).item(), loss.item(), rel_tol=1e-3, abs_tol=1e-12)
+    return few != many
 
 
 def _output(model: nn.Module, outputs: Any, name: str, position: int) -> Tensor:

@@ -6,30 +6,28 @@ Glue only. Every override replaces or surrounds one line of the parent and leave
 from __future__ import annotations
 
 import logging
-import random
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from accelerate.utils import DynamoBackend
 from torch import Tensor, nn
 from transformers import Trainer
 from transformers.modeling_outputs import SequenceClassifierOutput
 
-from hf_blocklocal.assembly import Assembly, TaughtModel, assemble, check_structure
+from hf_blocklocal.assembly import Assembly, assemble, check_structure
 from hf_blocklocal.checkpoint import FILES, load_heads_, save_heads
 from hf_blocklocal.config import BlockLocalConfig
 from hf_blocklocal.data_parallel import GradientAverager, broadcast_from_first
 from hf_blocklocal.errors import TargetError, UnsupportedSettingError
 from hf_blocklocal.evaluation import BlockScores
 from hf_blocklocal.meters import BlockLossMeter
-from hf_blocklocal.optim import check_steps_by_block, clip_block_, step_block_, total_norm
-from hf_blocklocal.settings import check_arguments, check_launcher, check_loss_settings
+from hf_blocklocal.optim import check_norms, check_steps_by_block, clip_block_, step_block_, total_norm
+from hf_blocklocal.probe import first_batch, random_state_kept, with_own_generators
+from hf_blocklocal.settings import check_arguments, check_launcher, check_loss_settings, check_placement
 from hf_blocklocal.step import StepReport
 from hf_blocklocal.targets import Targets
 
@@ -49,6 +47,10 @@ class BlockLocalTrainer(Trainer):
       adds what each block's head would have predicted, `eval_block_k_accuracy` and `eval_block_k_loss`.
     - Where the model's own loss ignores `num_items_in_batch`, it is divided by the accumulation steps.
     - A micro-batch in which every label is -100 is skipped and counted as `skipped_batches` in the logs.
+    - A loss or gradient that is not finite stops the run before it touches a weight; gradients in fp16 are left to the
+      loss scaler.
+    - A `compute_loss_func` teaches the heads too, where a sample has one target; `eval_block_k_loss` stays their own.
+    - Without `accelerate launch`, one GPU is used: there is no `DataParallel`.
 
     Args:
         *args: As for `transformers.Trainer`.
@@ -63,22 +65,27 @@ class BlockLocalTrainer(Trainer):
     def __init__(self, *args: Any, block_local: BlockLocalConfig | None = None, **kwargs: Any) -> None:
         self.block_local = BlockLocalConfig() if block_local is None else block_local
         self._assembly: Assembly | None = None
-        self._averager = GradientAverager(world_size=1)
-        self._meter = BlockLossMeter()
         self._scores: BlockScores | None = None
+        super().__init__(*args, **kwargs)
+        self._forget_run()
+        check_structure(self.model, self.block_local)
+        if self.block_local.num_blocks > 1:
+            check_placement(self.model, model_parallel=self.is_model_parallel)
+
+    def _forget_run(self) -> None:
+        """Start without anything that an earlier, perhaps interrupted, run has left behind."""
+        self._averager = GradientAverager(self.args.world_size)
+        self._meter = BlockLossMeter()
         self._norms: dict[int, Tensor] = {}
         self._micro_batch = 0
-        super().__init__(*args, **kwargs)
-        check_structure(self.model, self.block_local)
 
     @property
     def assembly(self) -> Assembly:
         """The cut model with its heads, made from the first examples of the data set when first asked for."""
         if self._assembly is None or self._assembly.module.model is not self.model:
             smoothing = 0.0 if self.label_smoother is None else self.args.label_smoothing_factor
-            with _random_state_kept():
-                cut = self.block_local.num_blocks > 1
-                batch = self._prepare_inputs(self._first_examples()) if cut else {}
+            with random_state_kept():
+                batch = self._first_batch() if self.block_local.num_blocks > 1 else {}
                 assembly = assemble(
                     self.model, self.block_local, batch, label_smoothing=smoothing, seed=self.args.seed
                 )
@@ -89,28 +96,27 @@ class BlockLocalTrainer(Trainer):
             logger.info("Blocks of %s:\n%s", type(self.model).__name__, assembly.describe())
         return self._assembly
 
-    def _first_examples(self) -> Mapping[str, Any]:
-        """Collate the first two examples as the data loader would."""
+    def _first_batch(self) -> Mapping[str, Any]:
+        """Collate the first examples as the data loader would."""
         dataset = self.train_dataset if self.train_dataset is not None else self.eval_dataset
         if isinstance(dataset, dict):
             dataset = next(iter(dataset.values()))
         if dataset is None:
             raise TargetError("A model is traced before it is cut: pass a train_dataset or an eval_dataset.")
-        collate = self._get_collator_with_removed_columns(self.data_collator, description="traced")
-        indexed = hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")
-        examples = [dataset[i] for i in range(min(2, len(dataset)))] if indexed else list(islice(iter(dataset), 2))
-        return collate(examples)
+        collator = with_own_generators(self.data_collator)
+        collate = self._get_collator_with_removed_columns(collator, description="traced")
+        return self._prepare_inputs(first_batch(dataset, collate, min(2, self.args.per_device_train_batch_size)))
 
     # ---- Setting up ----
 
     def create_accelerator_and_postprocess(self) -> None:
         """Refuse what cannot work before the parent sets it up, and `DataParallel` with it."""
-        check_arguments(self.args, self.block_local)
+        check_arguments(self.args)
         if self.args.n_gpu > 1:
             logger.warning("Training on one of %d GPUs; use accelerate launch for all of them.", self.args.n_gpu)
             self.args._n_gpu = 1
         super().create_accelerator_and_postprocess()
-        check_launcher(self.accelerator.distributed_type)
+        check_launcher(self.accelerator.distributed_type, self.accelerator.mixed_precision, self.block_local)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Optimize the heads together with the model, in place of the model alone."""
@@ -118,7 +124,7 @@ class BlockLocalTrainer(Trainer):
         optimizer = super().create_optimizer(self.assembly.module)
         if given is not None:
             self._add_heads_to(given)
-        if self.block_local.step_per_block:
+        if self.block_local.step_per_block and self.assembly.last > 0:
             check_steps_by_block(getattr(optimizer, "optimizer", optimizer))
         return optimizer
 
@@ -137,12 +143,13 @@ class BlockLocalTrainer(Trainer):
         """Prepare the model for autocast and compilation, without DDP, and put the heads beside it."""
         if not training:
             return super()._wrap_model(model, training, dataloader)
+        self._forget_run()
+        self.assembly.check_last_block_learns()
         module = self.assembly.module
         with self._compiling_layers() if self.assembly.last > 0 else nullcontext():
             self._forward = self.accelerator.prepare_model(self.model, evaluation_mode=True)
         if self.args.world_size > 1:
             broadcast_from_first([*module.parameters(), *module.buffers()])
-        self._averager = GradientAverager(self.args.world_size)
         return module
 
     @contextmanager
@@ -183,7 +190,7 @@ class BlockLocalTrainer(Trainer):
             scale=self._loss_scale(targets, num_items_in_batch),
             backward=self.accelerator.backward,
             learned=self._finish_block,
-            custom_loss=self._custom_loss(targets, num_items_in_batch),
+            custom_loss=self._custom_loss(inputs["labels"][targets.samples_N], num_items_in_batch),
         )
         with lesson as report:
             loss = super().training_step(self._forward, inputs, self._items_for_model(num_items_in_batch))
@@ -214,7 +221,7 @@ class BlockLocalTrainer(Trainer):
         heeded = self.assembly.counts_items or self.compute_loss_func is not None or self.label_smoother is not None
         return num_items_in_batch if heeded else None
 
-    def _custom_loss(self, targets: Targets, num_items_in_batch: Any) -> Callable[[Tensor], Tensor] | None:
+    def _custom_loss(self, labels: Tensor, num_items_in_batch: Any) -> Callable[[Tensor], Tensor] | None:
         """Return the user's loss as a function of a head's logits, scaled as the parent scales the model's own."""
         if self.compute_loss_func is None:
             return None
@@ -222,7 +229,7 @@ class BlockLocalTrainer(Trainer):
 
         def custom_loss(logits_BC: Tensor) -> Tensor:
             outputs = SequenceClassifierOutput(logits=logits_BC)
-            return scale * self.compute_loss_func(outputs, targets.values, num_items_in_batch=num_items_in_batch)
+            return scale * self.compute_loss_func(outputs, labels, num_items_in_batch=num_items_in_batch)
 
         return custom_loss
 
@@ -240,12 +247,15 @@ class BlockLocalTrainer(Trainer):
             norm = clip_block_(parameters, self.args.max_grad_norm or float("inf"))
             if norm is not None:
                 self._norms[block] = norm
+                check_norms(self._norms, self.state.global_step + 1)
             step_block_(getattr(self.optimizer, "optimizer", self.optimizer), parameters)
 
     def _skip_batch(self) -> Tensor:
         """Learn nothing from a micro-batch without targets, but keep the other processes company."""
         self._meter.skip(completes_step=self.accelerator.sync_gradients)
         if self.accelerator.sync_gradients:
+            if self.accelerator.scaler is not None:  # it must have seen a gradient when it steps
+                self.accelerator.backward(0 * self.assembly.heads[0].readout.linear.bias.sum())
             for parameters in self.assembly.parameters:
                 self._averager.start(parameters)
             self._averager.finish()
@@ -264,6 +274,8 @@ class BlockLocalTrainer(Trainer):
         for block, parameters in enumerate(self.assembly.parameters):
             if (norm := clip_block_(parameters, max_norm)) is not None:
                 self._norms[block] = norm
+        if self.assembly.last > 0 and self.accelerator.scaler is None:
+            check_norms(self._norms, self.state.global_step + 1)
         norms = list(self._norms.values())
         self._norms.clear()
         return total_norm(norms)
@@ -297,7 +309,7 @@ class BlockLocalTrainer(Trainer):
             targets = self.assembly.read_targets(inputs, whole_vocabulary=True)
         with self._scores.watch(targets, inputs["labels"].shape[0]):
             result = super().prediction_step(model, inputs, *args, **kwargs)
-        self._scores.add(self.gather_function(self._scores.batch_BK3))
+        self._scores.add(self.accelerator.gather_for_metrics(self._scores.batch_BK3))
         return result
 
     # ---- Checkpoints ----
@@ -307,18 +319,27 @@ class BlockLocalTrainer(Trainer):
         super()._save(output_dir, state_dict)
         if self.args.should_save:
             folder = output_dir if output_dir is not None else self.args.output_dir
-            assembly = self.assembly
-            save_heads(folder, heads=assembly.heads, cut=assembly.cut, config=self.block_local)
+            self.block_local.save_pretrained(folder)
+            if self._assembly is not None:
+                save_heads(folder, heads=self._assembly.heads, cut=self._assembly.cut)
+
+    def load_heads(self, folder: str) -> None:
+        """Load the heads saved beside a model, so that an evaluation reports what each block would have predicted.
+
+        Raises:
+            HeadsMismatchError: If they belong to another model or cut. Nothing has been loaded then.
+        """
+        load_heads_(self.assembly.heads, folder, cut=self.assembly.cut)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         """Load the heads before the model, so that a checkpoint of another cut changes nothing."""
-        load_heads_(self.assembly.heads, resume_from_checkpoint, cut=self.assembly.cut)
+        self.load_heads(resume_from_checkpoint)
         super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _load_best_model(self) -> None:
         """Load the heads that belong to the best model."""
         super()._load_best_model()
-        load_heads_(self.assembly.heads, self.state.best_model_checkpoint, cut=self.assembly.cut)
+        self.load_heads(self.state.best_model_checkpoint)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         """Take config and heads along to the Hub."""
@@ -326,19 +347,3 @@ class BlockLocalTrainer(Trainer):
             for name in FILES:
                 shutil.copy(Path(checkpoint_folder) / name, Path(self.args.output_dir) / name)
         super()._push_from_checkpoint(checkpoint_folder)
-
-
-@contextmanager
-def _random_state_kept() -> Iterator[None]:
-    """Give back the random streams of Python, NumPy and torch as they were."""
-    python_state, numpy_state = random.getstate(), np.random.get_state()
-    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
-    with torch.random.fork_rng(devices=devices):
-        try:
-            yield
-        finally:
-            random.setstate(python_state)
-            np.random.set_state(numpy_state)
-
-
-__all__ = ["BlockLocalTrainer", "TaughtModel"]

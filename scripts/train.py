@@ -67,7 +67,7 @@ def read_run(path: str | Path, overrides: Sequence[str] = ()) -> Run:
         if not separator or len(sections) > 1:
             raise ValueError(f"{override!r} is no override. Write key=value or section.key=value.")
         holder = values.setdefault(sections[0], {}) if sections else values
-        holder[key] = yaml.safe_load(text)
+        holder[key] = _value(yaml.safe_load(text))
     known = {f.name for f in fields(Run)}
     missing = {"model", "dataset"} - set(values)
     if unknown := sorted(set(values) - known):
@@ -75,6 +75,14 @@ def read_run(path: str | Path, overrides: Sequence[str] = ()) -> Run:
     if missing:
         raise ValueError(f"{path} lacks {sorted(missing)}.")
     return Run(**values)
+
+
+def _value(value: Any) -> Any:
+    """Read `1e-4` as the number that YAML, which asks for `1.0e-4`, does not see in it."""
+    try:
+        return float(value) if isinstance(value, str) else value
+    except ValueError:
+        return value
 
 
 def load_texts(run: Run, tokenizer: PreTrainedTokenizerBase) -> tuple[DatasetDict, list[str]]:

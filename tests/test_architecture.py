@@ -15,7 +15,7 @@ FLOORS = [
     ["families", "sampling"],
     ["losses"],
     ["feedback"],
-    ["blocks", "meters", "settings"],
+    ["blocks", "meters", "probe", "settings"],
     ["checkpoint", "evaluation", "step", "trace"],
     ["assembly"],
     ["trainer"],

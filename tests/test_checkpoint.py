@@ -13,7 +13,7 @@ from torch import nn
 
 from hf_blocklocal.blocks import Cut
 from hf_blocklocal.checkpoint import FILES, HEADS_NAME, load_heads_, save_heads
-from hf_blocklocal.config import CONFIG_NAME, BlockLocalConfig
+from hf_blocklocal.config import BlockLocalConfig
 from hf_blocklocal.errors import HeadsMismatchError
 from hf_blocklocal.feedback import build_head
 from hf_blocklocal.partition import spans_from_boundaries
@@ -40,7 +40,7 @@ CUT = cut_at(2, 4)
 
 @pytest.fixture
 def folder(tmp_path):
-    save_heads(tmp_path, heads=heads_for(CONFIG), cut=CUT, config=CONFIG)
+    save_heads(tmp_path, heads=heads_for(CONFIG), cut=CUT)
     return tmp_path
 
 
@@ -67,11 +67,6 @@ def test_loading_changes_the_given_parameters_and_makes_no_new_ones(folder):
     assert all(a is b for a, b in zip(heads.parameters(), before, strict=True))
 
 
-def test_the_config_lies_beside_the_heads(folder):
-    assert {path.name for path in folder.iterdir()} == set(FILES) == {CONFIG_NAME, HEADS_NAME}
-    assert BlockLocalConfig.from_pretrained(folder) == CONFIG
-
-
 def test_the_file_says_where_the_model_was_cut(folder):
     with safe_open(folder / HEADS_NAME, framework="pt") as file:
         metadata = file.metadata()
@@ -80,14 +75,13 @@ def test_the_file_says_where_the_model_was_cut(folder):
 
 def test_the_same_heads_are_written_to_the_same_bytes(folder, tmp_path):
     for number in range(5):
-        save_heads(tmp_path / str(number), heads=heads_for(CONFIG), cut=CUT, config=CONFIG)
+        save_heads(tmp_path / str(number), heads=heads_for(CONFIG), cut=CUT)
         for name in FILES:
             assert (tmp_path / str(number) / name).read_bytes() == (folder / name).read_bytes()
 
 
 def test_a_single_block_has_no_heads_and_a_file_that_says_so(tmp_path):
-    config = BlockLocalConfig(num_blocks=1)
-    save_heads(tmp_path, heads=nn.ModuleList(), cut=cut_at(), config=config)
+    save_heads(tmp_path, heads=nn.ModuleList(), cut=cut_at())
     load_heads_(nn.ModuleList(), tmp_path, cut=cut_at())
     assert "belong to 1 blocks with boundaries []" in assert_refused(heads_for(CONFIG), tmp_path, CUT)
 
@@ -138,7 +132,7 @@ def test_heads_of_another_kind_are_refused_by_the_tensor_that_is_too_many(folder
 
 def test_heads_of_another_kind_are_refused_by_the_tensor_that_is_missing(tmp_path):
     config = BlockLocalConfig(boundaries=(2, 4), feedback="label")
-    save_heads(tmp_path, heads=heads_for(config), cut=CUT, config=config)
+    save_heads(tmp_path, heads=heads_for(config), cut=CUT)
     assert "0.feedback.table.weight is not in the file" in assert_refused(heads_for(CONFIG), tmp_path, CUT)
 
 

@@ -55,7 +55,7 @@ def test_numbers_are_neither_right_nor_wrong(outputs):
     predicted_NM, values_NM = normal(5, outputs), normal(5, outputs, seed=1)
     targets = Targets(Task("regression", outputs), values_NM, torch.arange(5))
     scores_N3 = score(Agreement(get_family("gaussian")), Messages(predicted_NM, None, targets))
-    assert (scores_N3[:, 1] == -1).all()
+    assert (scores_N3[:, 1] == 0).all()
     assert (scores_N3[:, 2] == outputs).all()
     torch.testing.assert_close(scores_N3[:, 0].sum() / scores_N3[:, 2].sum(), F.mse_loss(predicted_NM, values_NM) / 4)
 
@@ -109,10 +109,6 @@ def test_metrics_are_means_over_the_targets_of_all_batches():
         }
     )
     assert scores_of(first)["eval_block_1_accuracy"] == pytest.approx(3 / 4)
-
-
-def test_numbers_have_no_accuracy():
-    assert scores_of([[[2.0, -1.0, 1.0]], [[4.0, -1.0, 1.0]]]) == {"eval_block_0_loss": 3.0}
 
 
 def test_samples_that_only_fill_a_batch_can_be_left_out():

@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from test_configs import script
 from test_quickstart import call
 
 
@@ -69,3 +70,8 @@ def test_every_command_exists(command):
 def test_every_file_named_exists():
     for name in re.findall(r"`((?:tests|scripts|configs|hf_blocklocal)/[\w/.]+)`", README):
         assert (ROOT / name).exists(), name
+
+
+def test_the_benchmark_section_is_what_the_committed_results_say():
+    readme = script("benchmarks/readme")
+    assert README.split(readme.START)[1].split(readme.END)[0] == readme.section()

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import pytest
 from accelerate.utils import DistributedType
+from torch import nn
 from transformers import TrainingArguments
 
 from hf_blocklocal.config import BlockLocalConfig
 from hf_blocklocal.errors import UnsupportedSettingError
-from hf_blocklocal.settings import check_arguments, check_launcher, check_loss_settings
+from hf_blocklocal.settings import check_arguments, check_launcher, check_loss_settings, check_placement
 from hf_blocklocal.targets import Task
 
 
@@ -27,13 +28,13 @@ def arguments(tmp_path, **options):
 
 def refusal(args, config=CONFIG):
     with pytest.raises(UnsupportedSettingError) as error:
-        check_arguments(args, config)
+        check_arguments(args)
     return str(error.value)
 
 
 @pytest.mark.parametrize("config", [CONFIG, STEP_PER_BLOCK])
 def test_ordinary_arguments_are_welcome(tmp_path, config):
-    check_arguments(arguments(tmp_path), config)
+    check_arguments(arguments(tmp_path))
 
 
 @pytest.mark.parametrize(
@@ -59,12 +60,12 @@ def test_optimizers_that_step_inside_the_backward_pass_are_refused(tmp_path, opt
 
 @pytest.mark.parametrize("optim", ["adamw_torch", "adafactor", "sgd", "galore_adamw"])
 def test_optimizers_that_step_after_the_backward_pass_are_welcome(tmp_path, optim):
-    check_arguments(TrainingArguments(output_dir=str(tmp_path), report_to="none", use_cpu=True, optim=optim), CONFIG)
+    check_arguments(TrainingArguments(output_dir=str(tmp_path), report_to="none", use_cpu=True, optim=optim))
 
 
 @pytest.mark.parametrize("kwargs", [None, {}, {"use_reentrant": False}])
 def test_checkpointing_that_is_not_reentrant_is_welcome(tmp_path, kwargs):
-    check_arguments(arguments(tmp_path, gradient_checkpointing_kwargs=kwargs), CONFIG)
+    check_arguments(arguments(tmp_path, gradient_checkpointing_kwargs=kwargs))
 
 
 def test_reentrant_checkpointing_is_refused(tmp_path):
@@ -80,14 +81,22 @@ def test_reentrant_checkpointing_is_refused_by_its_other_name(tmp_path):
     assert refusal(args).startswith("activation_checkpointing_kwargs={'use_reentrant': True}")
 
 
-def test_a_loss_scaler_and_steps_per_block_exclude_each_other(tmp_path):
-    args = arguments(tmp_path, fp16=True)
-    check_arguments(args, CONFIG)
-    assert refusal(args, STEP_PER_BLOCK) == (
-        "step_per_block=True and fp16=True exclude each other: the loss scaler unscales all gradients at once. Use "
-        "bf16=True, or step_per_block=False."
+def test_a_loss_scaler_and_steps_per_block_exclude_each_other():
+    check_launcher("NO", "fp16", CONFIG)
+    check_launcher("NO", "bf16", STEP_PER_BLOCK)
+    check_launcher("NO", "fp16", BlockLocalConfig(num_blocks=1, step_per_block=True))
+    with pytest.raises(UnsupportedSettingError) as error:
+        check_launcher("NO", "fp16", STEP_PER_BLOCK)
+    assert str(error.value) == (
+        "step_per_block=True and mixed precision fp16 exclude each other: the loss scaler unscales all gradients at "
+        "once. Use bf16, or step_per_block=False."
     )
-    check_arguments(arguments(tmp_path, bf16=True), STEP_PER_BLOCK)
+
+
+def test_layers_on_several_devices_are_refused():
+    check_placement(nn.Linear(1, 1), model_parallel=False)
+    with pytest.raises(UnsupportedSettingError, match="Linear lies on several devices"):
+        check_placement(nn.Linear(1, 1), model_parallel=True)
 
 
 @pytest.mark.parametrize(
@@ -96,12 +105,12 @@ def test_a_loss_scaler_and_steps_per_block_exclude_each_other(tmp_path):
 def test_a_launcher_that_shards_is_refused(kind):
     name = str(getattr(kind, "value", kind)).upper()
     with pytest.raises(UnsupportedSettingError, match=f"accelerate was launched with {name}, which is not supported"):
-        check_launcher(kind)
+        check_launcher(kind, "no", CONFIG)
 
 
 @pytest.mark.parametrize("kind", [DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU])
 def test_a_launcher_that_does_not_shard_is_welcome(kind):
-    check_launcher(kind)
+    check_launcher(kind, "no", CONFIG)
 
 
 def test_smoothing_has_no_meaning_for_numbers():

@@ -152,7 +152,6 @@ def test_positions_count_unless_they_are_ignored():
     assert targets.values.tolist() == [1, 2, 0]
     assert targets.positions_N.tolist() == [0, 2, 5]
     assert targets.samples_N.tolist() == [0, 0, 1]
-    assert targets.shape_BS == (2, 3)
 
 
 def test_a_causal_model_predicts_the_label_behind_each_position():

@@ -532,3 +532,144 @@ def test_a_custom_loss_for_a_target_per_position_is_refused(tmp_path):
 def test_label_smoothing_of_a_regression_is_refused(tmp_path):
     with pytest.raises(UnsupportedSettingError, match="regression"):
         make("bert_regression", tmp_path, label_smoothing_factor=0.1).train()
+
+
+# ---- Found by review ----
+
+
+def test_unlabelled_first_examples_do_not_mislead_the_trace(tmp_path):
+    rows = examples(SPECIMENS["bert_mlm"])
+    for row in rows[:6]:
+        row["labels"] = torch.full_like(row["labels"], -100)
+    plain, misled = make("bert_mlm", tmp_path), make("bert_mlm", tmp_path, rows=rows)
+    assert plain.assembly.counts_items is misled.assembly.counts_items is False
+
+
+def test_a_custom_loss_sees_the_labels_that_the_user_made(tmp_path):
+    shapes = []
+
+    def loss(outputs, labels, num_items_in_batch=None):
+        shapes.append((tuple(outputs.logits.shape), tuple(labels.shape)))
+        return nn.functional.mse_loss(outputs.logits.squeeze(-1), labels)
+
+    make("bert_regression", tmp_path, compute_loss_func=loss, max_steps=1).train()
+    assert shapes == [((4, 1), (4,))] * 2
+
+
+def test_a_last_block_without_trainable_parameters_is_refused(tmp_path):
+    model = SPECIMENS["llama"].build().requires_grad_(False)
+    model.model.layers[0].requires_grad_(True)
+    with pytest.raises(UnsupportedSettingError, match="Block 1 .* has no trainable parameter"):
+        make("llama", tmp_path, model=model).train()
+
+
+@pytest.mark.parametrize("step_per_block", [False, True])
+def test_frozen_lower_blocks_stay_as_they_are(step_per_block, tmp_path):
+    model = SPECIMENS["bert"].build()
+    model.bert.embeddings.requires_grad_(False)
+    model.bert.encoder.layer[:2].requires_grad_(False)
+    trainer = make("bert", tmp_path, model=model, config=BlockLocalConfig(num_blocks=2, step_per_block=step_per_block))
+    before = snapshot(trainer)
+    trainer.train()
+    after = snapshot(trainer)
+    assert all(torch.equal(before[key], after[key]) for key in before if ".layer.0." in key or ".layer.1." in key)
+    assert not torch.equal(before["heads.0.readout.linear.weight"], after["heads.0.readout.linear.weight"])
+    assert not torch.equal(before["model.classifier.weight"], after["model.classifier.weight"])
+
+
+def test_a_loss_scaler_survives_a_step_without_labels(tmp_path):
+    rows = examples(SPECIMENS["bert_mlm"])[:8]
+    for row in rows[:4]:
+        row["labels"] = torch.full_like(row["labels"], -100)
+    trainer = make("bert_mlm", tmp_path, rows=rows, max_steps=2, train_sampling_strategy="sequential")
+    trainer.accelerator.scaler = torch.amp.GradScaler("cpu")
+    trainer.train()
+    assert trainer.state.global_step == 2
+
+
+def test_an_iterable_data_set_with_a_length_is_traced(tmp_path):
+    class Stream(IterableDataset):
+        def __iter__(self):
+            yield from examples(SPECIMENS["bert"])
+
+        def __len__(self):
+            return 32
+
+    make("bert", tmp_path, rows=Stream(), max_steps=1).train()
+
+
+def test_an_interrupted_run_leaves_nothing_behind(tmp_path):
+    class Interrupt(TrainerCallback):
+        def on_substep_end(self, args, state, control, **kwargs):
+            raise KeyboardInterrupt
+
+    interrupted = make("bert_mlm", tmp_path, gradient_accumulation_steps=3, callbacks=[Interrupt()])
+    with pytest.raises(KeyboardInterrupt):
+        interrupted.train()
+    interrupted.remove_callback(Interrupt)
+    interrupted.train()
+    assert interrupted._micro_batch == 0
+    row = interrupted.state.log_history[0]
+    assert row["block_1/loss"] == pytest.approx(row["loss"])
+
+
+def test_a_batch_of_one_is_traced_with_one_example(tmp_path):
+    sizes = []
+
+    def collate(rows):
+        sizes.append(len(rows))
+        return {key: torch.stack([row[key] for row in rows]) for key in rows[0]}
+
+    make("bert", tmp_path, per_device_train_batch_size=1, data_collator=collate, max_steps=1).train()
+    assert set(sizes) == {1}
+
+
+def test_a_model_can_be_saved_without_data(tmp_path):
+    trainer = BlockLocalTrainer(SPECIMENS["bert"].build(), arguments(tmp_path))
+    trainer.save_model()
+    assert (tmp_path / "model.safetensors").is_file()
+    assert (tmp_path / "block_local_config.json").is_file()
+
+
+def test_heads_of_a_saved_run_can_be_evaluated_again(tmp_path):
+    rows = examples(SPECIMENS["bert"])
+    trained = make("bert", tmp_path, eval_dataset=rows[:8], max_steps=5, learning_rate=1e-2)
+    trained.train()
+    trained.save_model()
+    saved = type(trained.model).from_pretrained(tmp_path)
+    again = make("bert", tmp_path / "again", model=saved, eval_dataset=rows[:8])
+    again.load_heads(tmp_path)
+    assert again.evaluate()["eval_block_0_loss"] == pytest.approx(trained.evaluate()["eval_block_0_loss"], rel=1e-6)
+
+
+@pytest.mark.parametrize("step_per_block", [False, True])
+def test_a_gradient_that_is_not_finite_is_named(step_per_block, tmp_path):
+    """As when another process sends its own in: the loss here is finite."""
+    trainer = make("bert", tmp_path, config=BlockLocalConfig(num_blocks=2, step_per_block=step_per_block))
+    weight = trainer.assembly.heads[0].readout.linear.weight
+    weight.register_hook(lambda gradient: gradient * float("nan"))
+    before = snapshot(trainer)
+    with pytest.raises(NonFiniteLossError, match="gradient of block 0 is not finite at step 1"):
+        trainer.train()
+    assert equal(before, snapshot(trainer))
+
+
+def test_labels_may_stand_in_a_column(tmp_path):
+    rows = examples(SPECIMENS["bert"])
+    columns = [row | {"labels": row["labels"].reshape(1)} for row in rows]
+    flat, column = make("bert", tmp_path, rows=rows), make("bert", tmp_path, rows=columns)
+    for trainer in (flat, column):
+        trainer.train()
+    assert equal(snapshot(flat), snapshot(column))
+
+
+def test_padding_of_sound_does_not_count(tmp_path):
+    trainer = make("wav2vec2", tmp_path)
+    batch = SPECIMENS["wav2vec2"].batch(0)
+    length = batch["input_values"].shape[1]
+    batch["attention_mask"] = (torch.arange(length) < length // 2).long().expand(4, -1)
+    targets = trainer.assembly.read_targets(batch)
+    hidden = torch.randn(4, 31, 16)
+    rows, _ = targets.rows(hidden, "pooled", "mean")
+    hidden[:, 17:] += 1000
+    assert torch.equal(rows, targets.rows(hidden, "pooled", "mean")[0])

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from hf_blocklocal.losses.base import LocalLoss, Messages
+from hf_blocklocal.targets import Targets
 
 
 class Agreement(LocalLoss):
@@ -17,10 +18,10 @@ class Agreement(LocalLoss):
 
     citation = "Kappel et al. (2023), Block-local learning with probabilistic latent representations, arXiv 2305.14974"
 
-    def forward(self, messages: Messages) -> Tensor:
-        """Return the loss of each target, (N,)."""
-        return self.family.surprise(messages.forward_NZ, messages.targets.values, self.label_smoothing)
-
     def logits(self, messages: Messages) -> Tensor:
         """Return the natural parameters themselves, (N, C)."""
         return messages.forward_NZ.float()
+
+    def of_logits(self, logits_NC: Tensor, targets: Targets) -> Tensor:
+        """Return the loss of each target, (N,)."""
+        return self.family.surprise(logits_NC, targets.values, self.label_smoothing)

@@ -45,13 +45,17 @@ class LocalLoss(nn.Module, ABC):
         self.family = family
         self.label_smoothing = label_smoothing
 
-    @abstractmethod
     def forward(self, messages: Messages) -> Tensor:
         """Return the loss of each target, (N,), in nats."""
+        return self.of_logits(self.logits(messages), messages.targets)
 
     @abstractmethod
     def logits(self, messages: Messages) -> Tensor:
         """Return what the block would predict, (N, C): in the form of the model's own logits."""
+
+    @abstractmethod
+    def of_logits(self, logits_NC: Tensor, targets: Targets) -> Tensor:
+        """Return the loss of each target, (N,), given what the block would predict."""
 
     def extra_repr(self) -> str:
         """Name the family, and the smoothing if there is any."""

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from hf_blocklocal.losses.base import LocalLoss, Messages
+from hf_blocklocal.targets import Targets
 
 
 class Contrast(LocalLoss):
@@ -18,21 +18,20 @@ class Contrast(LocalLoss):
 
     citation = "Kappel et al. (2023), Block-local learning with probabilistic latent representations, arXiv 2305.14974"
 
-    def forward(self, messages: Messages) -> Tensor:
+    def logits(self, messages: Messages) -> Tensor:
+        """Return the log overlap with every candidate's message, (N, C), up to a term per row."""
+        assert messages.backward_CZ is not None, "contrast needs a message for every candidate"
+        return self.family.overlap(messages.forward_NZ, messages.backward_CZ).float()
+
+    def of_logits(self, logits_NC: Tensor, targets: Targets) -> Tensor:
         """Return the loss of each target, (N,)."""
-        scores_NC = self.logits(messages)
-        candidates = messages.targets.candidates
-        log_weights_C = scores_NC.new_zeros(()) if candidates is None else candidates.log_weights_C
-        size = scores_NC.shape[-1] if candidates is None else candidates.vocabulary
+        candidates = targets.candidates
+        log_weights_C = logits_NC.new_zeros(()) if candidates is None else candidates.log_weights_C
+        size = logits_NC.shape[-1] if candidates is None else candidates.vocabulary
         # A target's own weight is 1. One log-softmax, so that the matrix of scores is saved for backward only once.
-        log_p_NC = (scores_NC + log_weights_C).log_softmax(-1)
-        loss_N = -log_p_NC.gather(1, messages.targets.values.unsqueeze(1)).squeeze(1)
+        log_p_NC = (logits_NC + log_weights_C).log_softmax(-1)
+        loss_N = -log_p_NC.gather(1, targets.values.unsqueeze(1)).squeeze(1)
         if self.label_smoothing == 0:
             return loss_N
         uniform_N = -((log_p_NC - log_weights_C) * log_weights_C.exp()).sum(-1) / size
         return (1 - self.label_smoothing) * loss_N + self.label_smoothing * uniform_N
-
-    def logits(self, messages: Messages) -> Tensor:
-        """Return the log overlap with every candidate's message, (N, C), up to a term per row."""
-        assert messages.backward_CZ is not None, "contrast needs a message for every candidate"
-        return self.family.overlap(messages.forward_NZ, messages.backward_CZ).to(torch.float32)

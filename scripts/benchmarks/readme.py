@@ -1,0 +1,114 @@
+"""Print the README's benchmark section from the committed results, so that no number is copied by hand.
+
+To print it:              python scripts/benchmarks/readme.py
+To put it into README.md: python scripts/benchmarks/readme.py --write
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+
+HERE = Path(__file__).resolve().parent
+README = HERE.parents[1] / "README.md"
+START, END = "<!-- benchmarks -->\n", "<!-- end of benchmarks -->"
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Print the section, or put it between its marks."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--write", action="store_true", help="Change README.md.")
+    if parser.parse_args(argv).write:
+        before, rest = README.read_text(encoding="utf-8").split(START)
+        README.write_text(before + START + section() + END + rest.split(END)[1], encoding="utf-8")
+    else:
+        print(section(), end="")
+
+
+def section() -> str:
+    """Return the whole section as Markdown."""
+    return "\n".join([*memory(load("memory-cpu")), "", *step_time(load("step_time-cpu")), "", *share()]) + "\n"
+
+
+def load(name: str) -> dict[str, Any]:
+    """Read the results of one benchmark."""
+    return json.loads((HERE / "results" / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def where(report: dict[str, Any]) -> str:
+    """Say in one line where and with what a benchmark was run."""
+    machine, versions = report["machine"], report["versions"]
+    packages = ", ".join(f"{name} {version}" for name, version in versions.items())
+    cores, threads = machine["cores"], machine["threads"]
+    return f"`{report['command']}`, one run on {cores} shared CPU cores, {threads} thread, {packages}"
+
+
+def memory(report: dict[str, Any]) -> list[str]:
+    """Peak bytes of one training step as a share of the plain Trainer's."""
+    rows = {(row["model"], row["method"]): row for row in report["rows"]}
+    models = list(dict.fromkeys(model for model, _ in rows))
+    methods = ["K=2", "K=4", "K=12", "K=4, balance=cost"]
+    lines = [
+        "**Memory.** Peak bytes that autograd saves for backward, heads and losses included, as a share of the plain",
+        f"`Trainer`'s; random weights ({where(report)}). The target is 1/K + 0.10; what misses it is marked !.",
+        "",
+        f"| 12 layers | {' | '.join(methods)} |",
+        f"|---|{'---|' * len(methods)}",
+    ]
+    for model in models:
+        shares = [rows[model, method] for method in methods]
+        cells = [f"{row['shares']['saved']:.2f}{'' if row['target_met'] else ' !'}" for row in shares]
+        lines.append(f"| {model} | {' | '.join(cells)} |")
+    lines += [
+        "",
+        "All live tensors at their peak, gradients included, as a share of the plain `Trainer`'s:",
+        "",
+        "| 12 layers | gradient checkpointing | K=4 | K=4, `step_per_block=True` |",
+        "|---|---|---|---|",
+    ]
+    for model in models:
+        shares = [rows[model, method] for method in ("gradient checkpointing", "K=4", "K=4, step_per_block")]
+        lines.append(f"| {model} | {' | '.join(format(row['shares']['with_gradients'], '.2f') for row in shares)} |")
+    return lines
+
+
+def step_time(report: dict[str, Any]) -> list[str]:
+    """Time of a step relative to the plain Trainer's."""
+    rounds = len(report["results"][0]["wall"]["ratios"])
+    lines = [
+        "**Time.** A whole training step, optimizer included, relative to the plain `Trainer` in the same round:",
+        f"median [range] of {rounds} paired rounds ({where(report)}). The target is 1.10.",
+        "",
+        "| 12 layers | method | step time |",
+        "|---|---|---|",
+    ]
+    for row in report["results"]:
+        ratios = row["wall"]["ratios"]
+        spread = f"{row['wall']['ratio']:.2f} [{min(ratios):.2f}-{max(ratios):.2f}]"
+        if row["method"] != "backpropagation":
+            missed = " !" if row["target_met"] is False else ""
+            lines.append(f"| {row['model']} | {row['method']} | {spread}{missed} |")
+    return lines
+
+
+def share() -> list[str]:
+    """What the heads add."""
+    report = load("feedback_share-cpu")
+    lines = [
+        f"**Heads.** Their share at K = {report['num_blocks']} (`{report['command']}`; counted, not timed). The",
+        "target is 5 % each.",
+        "",
+        "| model | parameters | operations of a step |",
+        "|---|---|---|",
+    ]
+    for row in report["results"]:
+        lines.append(f"| {row['case']['name']} | {row['parameter_share']:.2%} | {row['operation_share']:.2%} |")
+    return lines
+
+
+if __name__ == "__main__":
+    main()
