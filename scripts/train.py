@@ -9,9 +9,13 @@ from __future__ import annotations
 
 import argparse
 import gc
+import json
+import os
+import platform
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
+from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -204,10 +208,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     accelerator.end_training()
 
 
+def versions() -> dict[str, str]:
+    """Return the versions that results depend on."""
+    return {"Python": platform.python_version()} | {name: metadata.version(name) for name in ("torch", "transformers")}
+
+
 def show(run: Run, cut: str, outcomes: Sequence[Outcome], folder: str) -> None:
-    """Print the table and what the saved model makes of the examples."""
+    """Print the table and what the saved model makes of the examples; leave the numbers in `result.json`."""
     from transformers import pipeline
 
+    result = {"outcomes": [asdict(outcome) for outcome in outcomes], "versions": versions(), "cores": os.cpu_count()}
+    (Path(folder) / "result.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     print(f"\nThe cut\n{cut}\n\nThe result\n{report(outcomes)}\n")
     classify = pipeline("text-classification", model=folder, tokenizer=folder)
     for text in run.examples:

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from hf_blocklocal.blocks import Cut
-from hf_blocklocal.checkpoint import FILES, HEADS_NAME, load_heads_, save_heads
+from hf_blocklocal.checkpoint import HEADS_NAME, load_heads_, save_heads
 from hf_blocklocal.config import BlockLocalConfig
 from hf_blocklocal.errors import HeadsMismatchError
 from hf_blocklocal.feedback import build_head
@@ -76,8 +76,7 @@ def test_the_file_says_where_the_model_was_cut(folder):
 def test_the_same_heads_are_written_to_the_same_bytes(folder, tmp_path):
     for number in range(5):
         save_heads(tmp_path / str(number), heads=heads_for(CONFIG), cut=CUT)
-        for name in FILES:
-            assert (tmp_path / str(number) / name).read_bytes() == (folder / name).read_bytes()
+        assert (tmp_path / str(number) / HEADS_NAME).read_bytes() == (folder / HEADS_NAME).read_bytes()
 
 
 def test_a_single_block_has_no_heads_and_a_file_that_says_so(tmp_path):

@@ -72,6 +72,7 @@ def test_every_file_named_exists():
         assert (ROOT / name).exists(), name
 
 
-def test_the_benchmark_section_is_what_the_committed_results_say():
+@pytest.mark.parametrize("name", ["quickstart", "benchmarks"])
+def test_tables_are_what_the_committed_results_say(name):
     readme = script("benchmarks/readme")
-    assert README.split(readme.START)[1].split(readme.END)[0] == readme.section()
+    assert readme.between(README, name) == readme.sections()[name]

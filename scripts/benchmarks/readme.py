@@ -1,4 +1,4 @@
-"""Print the README's benchmark section from the committed results, so that no number is copied by hand.
+"""Print the README's tables from the committed results, so that no number is copied by hand.
 
 To print it:              python scripts/benchmarks/readme.py
 To put it into README.md: python scripts/benchmarks/readme.py --write
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,23 +16,58 @@ from typing import Any
 
 HERE = Path(__file__).resolve().parent
 README = HERE.parents[1] / "README.md"
-START, END = "<!-- benchmarks -->\n", "<!-- end of benchmarks -->"
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Print the section, or put it between its marks."""
+    """Print the sections, or put each between its marks."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--write", action="store_true", help="Change README.md.")
-    if parser.parse_args(argv).write:
-        before, rest = README.read_text(encoding="utf-8").split(START)
-        README.write_text(before + START + section() + END + rest.split(END)[1], encoding="utf-8")
-    else:
-        print(section(), end="")
+    write = parser.parse_args(argv).write
+    for name, text in sections().items():
+        if write:
+            readme = README.read_text(encoding="utf-8")
+            old = f"{start(name)}{between(readme, name)}{END}"
+            README.write_text(readme.replace(old, f"{start(name)}{text}{END}"), encoding="utf-8")
+        else:
+            print(text)
 
 
-def section() -> str:
-    """Return the whole section as Markdown."""
-    return "\n".join([*memory(load("memory-cpu")), "", *step_time(load("step_time-cpu")), "", *share()]) + "\n"
+def start(name: str) -> str:
+    """Return the mark in front of a section."""
+    return f"<!-- {name} -->\n"
+
+
+END = "<!-- end -->"
+
+
+def between(readme: str, name: str) -> str:
+    """Return what stands between the marks of a section."""
+    return readme.split(start(name))[1].split(END)[0]
+
+
+def sections() -> dict[str, str]:
+    """Return every section as Markdown, by name."""
+    benchmarks = [*memory(load("memory-cpu")), "", *step_time(load("step_time-cpu")), "", *share()]
+    return {
+        "quickstart": "\n".join(quickstart(load("quickstart-cpu"))) + "\n",
+        "benchmarks": "\n".join(benchmarks) + "\n",
+    }
+
+
+def quickstart(report: dict[str, Any]) -> list[str]:
+    """The table that `make quickstart` ends with."""
+    sys.path.insert(0, str(HERE.parent))
+    from train import Outcome
+    from train import report as table
+
+    versions = ", ".join(f"{name} {version}" for name, version in report["versions"].items())
+    return [
+        f"`make quickstart` ends with this table (one run, {report['cores']} CPU cores, {versions}):",
+        "",
+        "```",
+        *table([Outcome(**outcome) for outcome in report["outcomes"]]).splitlines(),
+        "```",
+    ]
 
 
 def load(name: str) -> dict[str, Any]:
