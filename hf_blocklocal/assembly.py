@@ -25,9 +25,10 @@ from hf_blocklocal.errors import UnsupportedSettingError
 from hf_blocklocal.feedback import FeedbackHead, build_head
 from hf_blocklocal.partition import Span
 from hf_blocklocal.sampling import with_candidates
+from hf_blocklocal.shortcut import Shortcut, borrowed_layers
 from hf_blocklocal.step import LocalStep
 from hf_blocklocal.targets import Targets, Task, choose_alignment, read_targets
-from hf_blocklocal.trace import Trace, plan_cut, plan_spans, trace_layers, trace_owners
+from hf_blocklocal.trace import Trace, owners_of, plan_cut, plan_spans, trace_layers, trace_reach
 
 
 class TaughtModel(nn.Module):
@@ -124,6 +125,9 @@ class Assembly:
             taught = "the model's own loss"
             if head is not None:
                 taught = f"{type(head.feedback).__name__}, {type(head.loss).__name__} ({head.loss.family.name})"
+                if head.borrows:
+                    layers_above = borrowed_layers(self.cut, block, self.config.head_layers)
+                    taught += f" through layers {', '.join(map(str, layers_above))}"
             layers = f"{span.start}-{span.last}" if self.last > 0 else "all"
             rows.append((str(block), layers, f"{in_block:,}", f"{in_head:,}", taught))
         widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
@@ -181,7 +185,11 @@ def assemble(
     module = TaughtModel(model, heads)
     module.heads.to(device)
     step = LocalStep(model, cut, module.heads, find_router_loss(model))
-    owners = trace_owners(model, step.boundaries, inputs)
+    reach = trace_reach(model, step.boundaries, inputs)
+    if config.head_layers > 0:
+        _check_single_stack(model, trace)
+        step.shortcut = Shortcut(model, cut, trace.forms, config.head_layers, reach)
+    owners = owners_of((name for name, _ in model.named_parameters()), cut, reach)
     return Assembly(
         config=config,
         task=trace.task,
@@ -191,6 +199,14 @@ def assemble(
         step=step,
         counts_items=trace.counts_items,
     )
+
+
+def _check_single_stack(model: nn.Module, trace: Trace) -> None:
+    if trace.stacks[-1] > 0:
+        raise UnsupportedSettingError(
+            f"head_layers needs a model with one stack of layers, and {type(model).__name__} has "
+            f"{trace.stacks[-1] + 1}: an encoder cannot skip to the decoder's layers yet. Use head_layers=0."
+        )
 
 
 def _uncut(model: nn.Module, config: BlockLocalConfig) -> Assembly:

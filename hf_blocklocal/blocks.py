@@ -91,7 +91,7 @@ class Boundaries:
         Raises:
             BoundaryNotReachedError: If the forward pass did not come by the end of every block exactly once.
         """
-        visit = _Visit(self.cut, leave)
+        visit = self._visit = _Visit(self.cut, leave)
         with ExitStack() as stack:
             for router, (block, index) in self._routers.items():
                 stack.callback(router.register_forward_hook(visit.tap(block, index), prepend=True).remove)
@@ -105,6 +105,15 @@ class Boundaries:
             yield
             visit.check_complete()
 
+    @contextmanager
+    def suspended(self) -> Iterator[None]:
+        """Let the layers run inside the `with` as if they were not cut, in the middle of a forward pass that is."""
+        self._visit.suspended = True
+        try:
+            yield
+        finally:
+            self._visit.suspended = False
+
 
 class _Visit:
     """What the hooks of one forward pass remember."""
@@ -116,9 +125,12 @@ class _Visit:
         self._made_here: list[Tensor] = []
         self._router_logits: list[Tensor] = []
         self._leaving = False
+        self.suspended = False
 
-    def enter(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+    def enter(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
         """Detach the side inputs of a layer that other blocks have made."""
+        if self.suspended:
+            return None
         made_here = {id(tensor) for tensor in self._made_here}
 
         def detach(tensor: Tensor) -> Tensor:
@@ -130,6 +142,8 @@ class _Visit:
 
     def remember(self, layer: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """Note what a layer has made, for the later layers of its block."""
+        if self.suspended:
+            return
         map_tensors(output, lambda tensor: self._made_here.append(tensor) if tensor.requires_grad else None)
 
     def tap(self, block: int, index: int) -> Callable[..., Any]:
@@ -149,6 +163,8 @@ class _Visit:
         """Let the block learn, then hand on what it made without its history."""
 
         def hook(layer: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+            if self.suspended:
+                return output
             self._leaving = True
             self._leave(block, first_tensor(output), tuple(self._router_logits))
             self._leaving = False

@@ -63,6 +63,11 @@ class BlockLocalConfig:
         "auto", "Exponential family of the messages."
     )
     latent_dim: int = _help(128, "Units of the latent between a block and a learned feedback network.")
+    head_layers: int = _help(
+        0,
+        "Layers above a block that its head borrows, evenly spread, live and read-only, with the model's own task "
+        "head. 0 is a light linear readout; all of them give the very gradient of backpropagation.",
+    )
     pooling: Literal["mean", "first", "last"] = _help(
         "mean", "How a head pools the sequence where the target belongs to the whole sample."
     )
@@ -87,6 +92,7 @@ class BlockLocalConfig:
             )
         self._check_choices()
         self._check_numbers()
+        self._check_head()
         self._check_cut()
 
     def _check_choices(self) -> None:
@@ -113,6 +119,15 @@ class BlockLocalConfig:
             fits = isinstance(value, tuple) and all(type(item) is kind for item in value)
             if value is not None and (not fits or (name == "layers" and not value)):
                 raise ConfigError(f"{name} must be a list of {what}, or left out; got {value!r}.")
+
+    def _check_head(self) -> None:
+        if isinstance(self.head_layers, bool) or not isinstance(self.head_layers, int) or self.head_layers < 0:
+            raise ConfigError(f"head_layers must be a whole number of at least 0, got {self.head_layers!r}.")
+        if self.head_layers > 0 and self.feedback == "direct":
+            raise ConfigError(
+                f"head_layers={self.head_layers} and feedback='direct' exclude each other: a head that borrows layers "
+                "predicts with the model's own task head. Use feedback='auto'."
+            )
 
     def _check_cut(self) -> None:
         if self.boundaries is None:

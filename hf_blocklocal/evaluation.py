@@ -8,16 +8,17 @@ fill a batch.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from hf_blocklocal.blocks import Boundaries
-from hf_blocklocal.feedback import FeedbackHead
+from hf_blocklocal.anatomy import outputs_not_recorded
 from hf_blocklocal.losses import LocalLoss, Messages
+from hf_blocklocal.step import LocalStep
 from hf_blocklocal.targets import Targets
 
 
@@ -29,34 +30,35 @@ class BlockScores:
     """Collects how well every block but the last predicts, over one evaluation.
 
     Args:
-        heads: The feedback heads.
-        boundaries: The cut that they stand at.
+        step: The local step whose heads are to be scored.
     """
 
-    def __init__(self, heads: Sequence[FeedbackHead], boundaries: Boundaries) -> None:
-        self.heads = heads
-        self.boundaries = boundaries
+    def __init__(self, step: LocalStep) -> None:
+        self.step = step
         self.batch_BK3: Tensor | None = None
         self._sums_K3: Tensor | None = None
         self._has_hits = True
 
     @contextmanager
-    def watch(self, targets: Targets, batch_size: int) -> Iterator[None]:
+    def watch(self, targets: Targets, inputs: Mapping[str, Any]) -> Iterator[None]:
         """Score the heads in the forward pass that runs inside the `with`; `batch_BK3` holds the result.
 
         Args:
             targets: Targets of the batch; over a vocabulary, with the whole of it as candidates.
-            batch_size: Samples in the batch.
+            inputs: The model's inputs with labels.
         """
         self._has_hits = targets.task.target != "regression"
-        columns_BK3 = torch.zeros(batch_size, len(self.heads), 3, device=targets.values.device)
+        heads, batch_size = self.step.heads, inputs["labels"].shape[0]
+        columns_BK3 = torch.zeros(batch_size, len(heads), 3, device=targets.values.device)
 
         def leave(block: int, hidden: Tensor, _router_logits: tuple[Tensor, ...]) -> None:
-            messages = self.heads[block].messages(hidden, targets)
-            scores_N3 = score(self.heads[block].loss, messages).to(columns_BK3.device)
+            with outputs_not_recorded():
+                seen = self.step.seen_by_head(block, hidden, inputs)
+            messages = heads[block].messages(seen, targets)
+            scores_N3 = score(heads[block].loss, messages).to(columns_BK3.device)
             columns_BK3[:, block] = columns_BK3[:, block].index_add(0, targets.samples_N, scores_N3)
 
-        with self.boundaries.attached(leave):
+        with self.step.boundaries.attached(leave):
             yield
         self.batch_BK3 = columns_BK3
 

@@ -6,9 +6,10 @@ different from ordinary training.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +18,7 @@ from hf_blocklocal.anatomy import RouterLoss, outputs_not_recorded
 from hf_blocklocal.blocks import Boundaries, Cut
 from hf_blocklocal.errors import NonFiniteLossError
 from hf_blocklocal.feedback import FeedbackHead
+from hf_blocklocal.shortcut import Shortcut
 from hf_blocklocal.targets import Targets
 
 
@@ -66,6 +68,7 @@ class LocalStep:
         self.heads = heads
         self.router_loss = router_loss
         self.boundaries = Boundaries(model, cut, router_loss.routers if router_loss else None)
+        self.shortcut: Shortcut | None = None
         self._layer_share = [len(span) / max(len(cut.layers), 1) for span in cut.spans]
 
     @contextmanager
@@ -76,6 +79,7 @@ class LocalStep:
         scale: Tensor | float,
         backward: Callable[[Tensor], None],
         learned: Callable[[int, StepReport], None],
+        inputs: Mapping[str, Any] | None = None,
         custom_loss: Callable[[Tensor], Tensor] | None = None,
     ) -> Iterator[StepReport]:
         """Let each block learn at its end, in the forward pass that runs inside the `with`.
@@ -87,6 +91,7 @@ class LocalStep:
             scale: What the sum of the losses of all targets is multiplied with.
             backward: Runs a backward pass from a loss.
             learned: Called with a block, and the report so far, when its gradients are complete.
+            inputs: The model's inputs, for heads that borrow layers.
             custom_loss: Maps the logits (B, C) that a head predicts to a loss, in place of the head's own.
 
         Yields:
@@ -96,22 +101,35 @@ class LocalStep:
 
         def leave(block: int, hidden: Tensor, router_logits: tuple[Tensor, ...]) -> None:
             head = self.heads[block]
-            if custom_loss is None:
-                loss = head(hidden, targets).sum() * scale
-            else:
-                loss = custom_loss(head.logits(hidden, targets))
-            loss = loss + self._router_loss(block, router_logits, targets) if router_logits else loss
-            report.losses.append(loss.detach())
-            if loss.requires_grad:
-                with torch.autocast(hidden.device.type, enabled=False), outputs_not_recorded():
-                    backward(loss)
-                if torch.is_autocast_enabled(hidden.device.type):
-                    # The copies of this block's weights in low precision would live until the whole forward ends.
-                    torch.clear_autocast_cache()
+            with outputs_not_recorded(), self._read_only(block):
+                seen = self.seen_by_head(block, hidden, inputs)
+                if custom_loss is None:
+                    loss = head(seen, targets).sum() * scale
+                else:
+                    loss = custom_loss(head.logits(seen, targets))
+                loss = loss + self._router_loss(block, router_logits, targets) if router_logits else loss
+                report.losses.append(loss.detach())
+                if loss.requires_grad:
+                    with torch.autocast(hidden.device.type, enabled=False):
+                        backward(loss)
+            if torch.is_autocast_enabled(hidden.device.type):
+                # The copies of this block's weights in low precision would live until the whole forward ends.
+                torch.clear_autocast_cache()
             learned(block, report)
 
         with self.boundaries.attached(leave):
             yield report
+
+    def seen_by_head(self, block: int, hidden: Tensor, inputs: Mapping[str, Any] | None) -> Tensor:
+        """Return what a head is given: the block's output, or the logits that borrowed layers make of it."""
+        if self.shortcut is None:
+            return hidden
+        assert inputs is not None, "heads that borrow layers need the inputs of the model"
+        with self.boundaries.suspended():
+            return self.shortcut.logits(block, hidden, inputs)
+
+    def _read_only(self, block: int) -> AbstractContextManager[None]:
+        return nullcontext() if self.shortcut is None else self.shortcut.read_only(block)
 
     def _router_loss(self, block: int, router_logits: tuple[Tensor, ...], targets: Targets) -> Tensor:
         """Return a block's part in the router loss: that of its own layers, in proportion to their number."""

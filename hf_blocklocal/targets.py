@@ -94,7 +94,7 @@ class Targets:
         """Pick what a readout has to look at.
 
         Args:
-            hidden: Output of a block, (B, S, D) or (B, D, height, width).
+            hidden: Output of a block, (B, S, D) or (B, D, height, width); or logits of whole samples, (B, C).
             alignment: One row per target position, or one pooled row per sample.
             pooling: How to pool.
 
@@ -103,6 +103,8 @@ class Targets:
         """
         if alignment == "position":
             return hidden.flatten(0, 1)[self.positions_N], None
+        if hidden.dim() == 2:
+            return hidden, self.samples_N
         mask_BS = self.mask_BS
         if self.stretched and mask_BS is not None and hidden.dim() == 3:
             mask_BS = F.interpolate(mask_BS[:, None].float(), size=hidden.shape[1], mode="nearest")[:, 0]

@@ -5,7 +5,7 @@ Runs the model's own forward without dropout and leaves it as it was; knows noth
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -35,6 +35,7 @@ class Trace:
         layers: Dotted names of the layers in the order of execution.
         stacks: For each layer, the stack it belongs to, numbered in the order of execution.
         shapes: For each layer, the shape of its hidden state.
+        forms: For each layer, 0 if it returns its hidden state, n if it returns a tuple of n that starts with it.
         costs: For each layer, its floating-point operations; those of the parts before the first and behind the last
             layer are added to these two.
         task: What is to be predicted.
@@ -45,6 +46,7 @@ class Trace:
     layers: tuple[str, ...]
     stacks: tuple[int, ...]
     shapes: tuple[tuple[int, ...], ...]
+    forms: tuple[int, ...]
     costs: tuple[float, ...]
     task: Task
     labels_shape: tuple[int, ...]
@@ -73,6 +75,7 @@ def trace_layers(model: nn.Module, stacks: Sequence[Stack], inputs: Mapping[str,
     calls = {path: 0 for stack in stacks for path in stack.layers}
     order: list[str] = []
     shapes: dict[str, tuple[int, ...]] = {}
+    forms: dict[str, int] = {}
     marks: list[float] = []
     flops = FlopCounterMode(display=False)
 
@@ -81,15 +84,15 @@ def trace_layers(model: nn.Module, stacks: Sequence[Stack], inputs: Mapping[str,
         order.append(path)
         marks.append(flops.get_total_flops())
 
+    def left(path: str, output: Any) -> None:
+        shapes[path] = tuple(first_tensor(output).shape)
+        forms[path] = 0 if isinstance(output, Tensor) else len(output)
+
     handles = []
     for path in calls:
         layer = model.get_submodule(path)
         handles.append(layer.register_forward_pre_hook(lambda *_, path=path: entered(path)))
-        handles.append(
-            layer.register_forward_hook(
-                lambda _layer, _args, output, path=path: shapes.update({path: tuple(first_tensor(output).shape)})
-            )
-        )
+        handles.append(layer.register_forward_hook(lambda _layer, _args, output, path=path: left(path, output)))
     try:
         with evaluation_mode(model), flops:
             outputs = model(**inputs)
@@ -104,6 +107,7 @@ def trace_layers(model: nn.Module, stacks: Sequence[Stack], inputs: Mapping[str,
         layers=tuple(order),
         stacks=tuple(stack_of[path] for path in order),
         shapes=tuple(shapes[path] for path in order),
+        forms=tuple(forms[path] for path in order),
         costs=_costs(marks, flops.get_total_flops()),
         task=describe_task(
             labels,
@@ -144,11 +148,8 @@ def plan_cut(trace: Trace, config: BlockLocalConfig) -> Cut:
     return Cut(trace.layers, trace.stacks, tuple(plan_spans(config, len(trace.layers), trace.costs)))
 
 
-def trace_owners(model: nn.Module, boundaries: Boundaries, inputs: Mapping[str, Any]) -> dict[str, int]:
-    """Find out which block's loss reaches which parameter.
-
-    A parameter inside a layer belongs to that layer's block. One outside belongs to the last block whose loss reaches
-    it, so that a tied embedding is stepped when the gradients of both its uses are there.
+def trace_reach(model: nn.Module, boundaries: Boundaries, inputs: Mapping[str, Any]) -> list[set[str]]:
+    """Find out which parameters the loss of each block reaches.
 
     Args:
         model: The model.
@@ -156,29 +157,46 @@ def trace_owners(model: nn.Module, boundaries: Boundaries, inputs: Mapping[str, 
         inputs: A small batch with labels, on the model's device.
 
     Returns:
-        The block of every parameter, by name. Parameters that no loss reaches go to the last block.
+        For each block, names of parameters, without those of its head.
 
     Raises:
         CutError: If the loss of a block reaches a layer of another one, so that no cut is possible here.
     """
     cut = boundaries.cut
     names = {parameter: name for name, parameter in model.named_parameters()}
-    owners = dict.fromkeys(names.values(), cut.num_blocks - 1)
+    reach: list[set[str]] = [set() for _ in cut.spans]
 
     def note(block: int, output: Tensor, router_logits: tuple[Tensor, ...] = ()) -> None:
-        for name in (names[parameter] for parameter in reached_parameters(output) if parameter in names):
+        reach[block] = {names[parameter] for parameter in reached_parameters(output) if parameter in names}
+        for name in reach[block]:
             inside = cut.block_of_path(name)
             if inside not in (None, block):
                 raise CutError(
                     f"The loss of block {block} would reach {name}, a layer of block {inside}: {type(model).__name__} "
                     "hands something between its layers that cannot be cut here. Choose other boundaries."
                 )
-            owners[name] = block
 
     with evaluation_mode(model), torch.enable_grad(), boundaries.attached(note):
         outputs = model(**inputs)
         note(cut.num_blocks - 1, _output(model, outputs, "loss", 0))
-    return owners | {name: block for name in owners if (block := cut.block_of_path(name)) is not None}
+    return reach
+
+
+def owners_of(names: Iterable[str], cut: Cut, reach: Sequence[set[str]]) -> dict[str, int]:
+    """Decide which block owns which parameter.
+
+    A parameter inside a layer belongs to that layer's block. One outside belongs to the last block whose loss reaches
+    it, so that a tied embedding is stepped when the gradients of both its uses are there; to the last block of all if
+    no loss reaches it.
+    """
+
+    def owner(name: str) -> int:
+        inside = cut.block_of_path(name)
+        if inside is not None:
+            return inside
+        return max((block for block, mine in enumerate(reach) if name in mine), default=cut.num_blocks - 1)
+
+    return {name: owner(name) for name in names}
 
 
 @contextmanager

@@ -190,6 +190,7 @@ class BlockLocalTrainer(Trainer):
             scale=self._loss_scale(targets, num_items_in_batch),
             backward=self.accelerator.backward,
             learned=self._finish_block,
+            inputs=inputs,
             custom_loss=self._custom_loss(inputs["labels"][targets.samples_N], num_items_in_batch),
         )
         with lesson as report:
@@ -292,7 +293,7 @@ class BlockLocalTrainer(Trainer):
         """Add to the metrics what each block's head would have predicted."""
         if self._assembly is None or self._assembly.last == 0 or not self.block_local.evaluate_blocks:
             return super().evaluation_loop(dataloader, description, *args, **kwargs)
-        self._scores = BlockScores(self._assembly.heads, self._assembly.step.boundaries)
+        self._scores = BlockScores(self._assembly.step)
         try:
             output = super().evaluation_loop(dataloader, description, *args, **kwargs)
             output.metrics.update(self._scores.metrics(kwargs.get("metric_key_prefix", "eval")))
@@ -307,7 +308,7 @@ class BlockLocalTrainer(Trainer):
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad():
             targets = self.assembly.read_targets(inputs, whole_vocabulary=True)
-        with self._scores.watch(targets, inputs["labels"].shape[0]):
+        with self._scores.watch(targets, inputs):
             result = super().prediction_step(model, inputs, *args, **kwargs)
         self._scores.add(self.accelerator.gather_for_metrics(self._scores.batch_BK3))
         return result

@@ -16,7 +16,9 @@ FLOORS = [
     ["losses"],
     ["feedback"],
     ["blocks", "meters", "probe", "settings"],
-    ["checkpoint", "evaluation", "step", "trace"],
+    ["checkpoint", "shortcut", "trace"],
+    ["step"],
+    ["evaluation"],
     ["assembly"],
     ["trainer"],
 ]

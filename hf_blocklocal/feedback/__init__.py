@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from torch import nn
+
 from hf_blocklocal.config import BlockLocalConfig
 from hf_blocklocal.errors import TargetError
 from hf_blocklocal.families import get_family
@@ -47,9 +49,10 @@ def build_head(
     Raises:
         TargetError: If the chosen feedback or family cannot carry targets of this task.
     """
+    borrows = config.head_layers > 0
     feedback_name = config.feedback
     if feedback_name == "auto":
-        feedback_name = "direct" if DirectFeedback.fits(task) else "label"
+        feedback_name = "direct" if DirectFeedback.fits(task) and not borrows else "label"
     network = FEEDBACK[feedback_name]
     if not network.fits(task):
         raise TargetError(
@@ -72,8 +75,8 @@ def build_head(
         )
     feedback = network(task, latent_dim=config.latent_dim, embedding_width=embedding_width)
     loss = LOSSES[feedback.loss](get_family(family), label_smoothing=label_smoothing)
-    readout = LinearReadout(hidden_width, feedback.units)
-    return FeedbackHead(readout, feedback, loss, alignment=alignment, pooling=config.pooling)
+    readout = nn.Identity() if borrows else LinearReadout(hidden_width, feedback.units)
+    return FeedbackHead(readout, feedback, loss, alignment=alignment, pooling=config.pooling, borrows=borrows)
 
 
 __all__ = [

@@ -20,10 +20,19 @@ class FeedbackHead(nn.Module):
         loss: Compares the two.
         alignment: Whether each target has its own position in the hidden state.
         pooling: How a sample's hidden states are pooled where it has not.
+        borrows: Whether it is given logits that borrowed layers of the model have made of the block's output, in
+            place of that output.
     """
 
     def __init__(
-        self, readout: nn.Module, feedback: FeedbackNetwork, loss: LocalLoss, *, alignment: Alignment, pooling: Pooling
+        self,
+        readout: nn.Module,
+        feedback: FeedbackNetwork,
+        loss: LocalLoss,
+        *,
+        alignment: Alignment,
+        pooling: Pooling,
+        borrows: bool = False,
     ) -> None:
         super().__init__()
         self.readout = readout
@@ -31,6 +40,7 @@ class FeedbackHead(nn.Module):
         self.loss = loss
         self.alignment = alignment
         self.pooling = pooling
+        self.borrows = borrows
 
     def messages(self, hidden: Tensor, targets: Targets) -> Messages:
         """Compute both messages.
