@@ -15,7 +15,7 @@ from hf_blocklocal.blocks import Boundaries, Cut, first_tensor, map_tensors, rea
 from hf_blocklocal.config import BlockLocalConfig
 from hf_blocklocal.errors import BoundaryNotReachedError
 from hf_blocklocal.partition import Span, spans_from_boundaries
-from hf_blocklocal.trace import plan_cut, trace_layers, trace_owners
+from hf_blocklocal.trace import owners_of, plan_cut, trace_layers, trace_reach
 
 
 Pair = namedtuple("Pair", "left right")
@@ -369,7 +369,9 @@ def test_the_states_of_an_encoder_are_taught_by_the_block_where_the_decoder_begi
 
 def owners_in(borrow, name, *boundaries):
     model, batch = borrow(name), SPECIMENS[name].batch(0)
-    return model, trace_owners(model, cut_model(model, batch, *boundaries), batch)
+    cut = cut_model(model, batch, *boundaries)
+    names = [key for key, _ in model.named_parameters()]
+    return model, owners_of(names, cut.cut, trace_reach(model, cut, batch))
 
 
 def test_the_tied_embedding_of_gpt2_belongs_to_the_last_block(borrow):
@@ -399,7 +401,7 @@ def test_layers_belong_to_their_block_and_every_parameter_to_one(borrow, name):
 def test_tracing_owners_leaves_no_gradient_hook_or_mode_behind(borrow):
     model, batch = borrow("deberta_v2").train(), SPECIMENS["deberta_v2"].batch(0)
     boundaries = cut_model(model, batch, 2)
-    trace_owners(model, boundaries, batch)
+    trace_reach(model, boundaries, batch)
     assert all(parameter.grad is None for parameter in model.parameters())
     assert all(module.training for module in model.modules())
     assert sum(hooks_of(model)) == 0

@@ -90,7 +90,7 @@ def test_nothing_to_score_is_a_table_without_rows():
 
 
 def scores_of(*batches):
-    scores = BlockScores([], boundaries=None)
+    scores = BlockScores(step=None)
     for batch in batches:
         scores.add(torch.tensor(batch))
     return scores.metrics("eval")
@@ -113,13 +113,13 @@ def test_metrics_are_means_over_the_targets_of_all_batches():
 
 def test_samples_that_only_fill_a_batch_can_be_left_out():
     batch = torch.tensor([[[2.0, 1.0, 1.0]], [[9.0, 0.0, 1.0]]])
-    scores = BlockScores([], boundaries=None)
+    scores = BlockScores(step=None)
     scores.add(batch[:1])
     assert scores.metrics("test") == {"test_block_0_loss": 2.0, "test_block_0_accuracy": 1.0}
 
 
 def test_without_targets_there_are_no_metrics():
-    assert BlockScores([], boundaries=None).metrics("eval") == {}
+    assert BlockScores(step=None).metrics("eval") == {}
     assert scores_of([[[0.0, 0.0, 0.0]]]) == {}
 
 
@@ -132,8 +132,8 @@ def test_watching_a_forward_pass_scores_every_head_sample_by_sample(name, borrow
     with torch.no_grad():
         with assembly.step.boundaries.attached(lambda _block, state, _logits: hidden.append(state)):
             plain = model(**batch).logits
-        scores = BlockScores(assembly.heads, assembly.step.boundaries)
-        with scores.watch(targets, len(batch["labels"])):
+        scores = BlockScores(assembly.step)
+        with scores.watch(targets, batch):
             watched = model(**batch).logits
         losses_KN = [head(state, targets) for head, state in zip(assembly.heads, hidden, strict=True)]
     assert torch.equal(watched, plain)
@@ -152,7 +152,7 @@ def test_watching_a_forward_pass_scores_every_head_sample_by_sample(name, borrow
 def test_scores_are_kept_only_of_a_pass_that_went_through(borrow):
     model, batch = borrow("bert"), SPECIMENS["bert"].batch(0)
     assembly = assemble(model, BlockLocalConfig(), batch)
-    scores = BlockScores(assembly.heads, assembly.step.boundaries)
-    with pytest.raises(ArithmeticError), scores.watch(assembly.read_targets(batch), len(batch["labels"])):
+    scores = BlockScores(assembly.step)
+    with pytest.raises(ArithmeticError), scores.watch(assembly.read_targets(batch), batch):
         raise ArithmeticError("on purpose")
     assert scores.batch_BK3 is None
