@@ -199,3 +199,9 @@ class BlockLocalConfig:
         if not path.is_file():
             raise ConfigError(f"{save_directory} holds no {CONFIG_NAME}: it was not saved by block-local training.")
         return cls.from_dict(json.loads(path.read_text(encoding="utf-8")))
+
+
+# The text of every field stands once, at the field; `help()` shows it too.
+BlockLocalConfig.__doc__ = f"{BlockLocalConfig.__doc__}\n    Attributes:\n" + "\n".join(
+    f"        {f.name} (default {f.default!r}): {f.metadata['help']}" for f in fields(BlockLocalConfig)
+)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from dataclasses import fields
 
 import pytest
 
@@ -214,3 +215,9 @@ def test_every_field_carries_its_help_once():
     assert len(set(texts)) == len(texts)
     # argparse takes a per cent sign for a format.
     assert not [text for text in texts if "%" in text or not text.endswith(".")]
+
+
+def test_help_explains_every_field():
+    for f in fields(BlockLocalConfig):
+        assert f"{f.name} (default" in BlockLocalConfig.__doc__
+        assert f.metadata["help"] in BlockLocalConfig.__doc__
