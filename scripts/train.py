@@ -154,6 +154,8 @@ def train(run: Run, block_local: BlockLocalConfig | None) -> tuple[Outcome, Trai
     metrics = trainer.evaluate()
     trainer.save_model()
     name = "plain Trainer" if block_local is None else f"block-local, {block_local.num_blocks} blocks"
+    if block_local is not None and block_local.head_layers:
+        name += f", head_layers={block_local.head_layers}"
     return Outcome(name, metrics, seconds, peak_activation_bytes(trainer)), trainer
 
 
@@ -172,14 +174,14 @@ def peak_activation_bytes(trainer: Trainer) -> int:
 
 def report(outcomes: Sequence[Outcome]) -> str:
     """Return the table: accuracy of every block and of the model, time, and peak activation bytes."""
-    lines = [f"{'':34}{'test accuracy':>14}{'train time':>12}{'peak activations':>18}"]
+    lines = [f"{'':40}{'test accuracy':>14}{'train time':>12}{'peak activations':>18}"]
     for outcome in outcomes:
         for key, value in sorted(outcome.metrics.items()):
             if key.startswith("eval_block_") and key.endswith("_accuracy"):
                 block = key.removeprefix("eval_block_").removesuffix("_accuracy")
-                lines.append(f"  {'head of block ' + block:32}{value:14.3f}")
+                lines.append(f"  {'head of block ' + block:38}{value:14.3f}")
         lines.append(
-            f"{outcome.name:34}{outcome.metrics['eval_accuracy']:14.3f}{outcome.seconds:10.0f} s"
+            f"{outcome.name:40}{outcome.metrics['eval_accuracy']:14.3f}{outcome.seconds:10.0f} s"
             f"{outcome.peak_bytes / 2**20:14.1f} MiB"
         )
     return "\n".join(lines)
