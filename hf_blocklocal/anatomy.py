@@ -272,8 +272,8 @@ def outputs_not_recorded() -> Iterator[None]:
 def hooks_outside_checkpoint(layer: nn.Module) -> Iterator[None]:
     """Keep the hooks of a layer from running inside its activation checkpoint, and again in its recomputation.
 
-    Before transformers 5.18 or later checkpoints `forward`, a layer checkpoints its whole call, hooks included; there
-    this layer is not checkpointed for the time being.
+    Where transformers checkpoints a layer's whole call, as 5.17 does, hooks are inside; there this layer is not
+    checkpointed for the time being. Where it checkpoints `forward`, as 5.23 does, nothing needs to be done.
     """
     checkpointed = getattr(layer, "gradient_checkpointing", False) and "__call__" in vars(GradientCheckpointingLayer)
     if checkpointed:

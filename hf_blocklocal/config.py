@@ -69,7 +69,7 @@ class BlockLocalConfig:
         "head. 0 is a light linear readout; all of them give the very gradient of backpropagation.",
     )
     pooling: Literal["mean", "first", "last"] = _help(
-        "mean", "How a head pools the sequence where the target belongs to the whole sample."
+        "mean", "How a linear readout pools the sequence where the target belongs to the whole sample."
     )
     negatives: int | None = _help(
         1024, "Negatives that a contrast over a vocabulary draws, shared by all blocks. None is the whole vocabulary."

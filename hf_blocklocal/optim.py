@@ -83,6 +83,23 @@ def step_block_(optimizer: torch.optim.Optimizer, parameters: Sequence[nn.Parame
         parameter.grad = None
 
 
+def add_heads_(optimizer: torch.optim.Optimizer, heads: Sequence[nn.Parameter], *, has_schedule: bool) -> None:
+    """Give an optimizer that a user has made the parameters of the heads that it does not know.
+
+    Raises:
+        UnsupportedSettingError: If it has a learning rate schedule already, which cannot be extended.
+    """
+    known = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    missing = [parameter for parameter in heads if id(parameter) not in known]
+    if missing and has_schedule:
+        raise UnsupportedSettingError(
+            "The given optimizer and scheduler do not know the feedback heads, and a scheduler cannot be extended. "
+            "Pass optimizers=(optimizer, None) and the schedule by lr_scheduler_type."
+        )
+    if missing:
+        optimizer.add_param_group({"params": missing})
+
+
 def check_steps_by_block(optimizer: torch.optim.Optimizer) -> None:
     """Refuse to step per block an optimizer whose state is not per parameter.
 

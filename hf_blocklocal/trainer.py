@@ -22,10 +22,10 @@ from hf_blocklocal.assembly import Assembly, assemble, check_structure
 from hf_blocklocal.checkpoint import FILES, load_heads_, save_heads
 from hf_blocklocal.config import BlockLocalConfig
 from hf_blocklocal.data_parallel import GradientAverager, broadcast_from_first
-from hf_blocklocal.errors import TargetError, UnsupportedSettingError
+from hf_blocklocal.errors import TargetError
 from hf_blocklocal.evaluation import BlockScores
 from hf_blocklocal.meters import BlockLossMeter
-from hf_blocklocal.optim import check_norms, check_steps_by_block, clip_block_, step_block_, total_norm
+from hf_blocklocal.optim import add_heads_, check_norms, check_steps_by_block, clip_block_, step_block_, total_norm
 from hf_blocklocal.probe import first_batch, random_state_kept, with_own_generators
 from hf_blocklocal.settings import check_arguments, check_launcher, check_loss_settings, check_placement
 from hf_blocklocal.step import StepReport
@@ -123,21 +123,10 @@ class BlockLocalTrainer(Trainer):
         given = self.optimizer
         optimizer = super().create_optimizer(self.assembly.module)
         if given is not None:
-            self._add_heads_to(given)
+            add_heads_(given, list(self.assembly.heads.parameters()), has_schedule=self.lr_scheduler is not None)
         if self.block_local.step_per_block and self.assembly.last > 0:
             check_steps_by_block(getattr(optimizer, "optimizer", optimizer))
         return optimizer
-
-    def _add_heads_to(self, optimizer: torch.optim.Optimizer) -> None:
-        known = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-        missing = [parameter for parameter in self.assembly.heads.parameters() if id(parameter) not in known]
-        if missing and self.lr_scheduler is not None:
-            raise UnsupportedSettingError(
-                "The given optimizer and scheduler do not know the feedback heads, and a scheduler cannot be "
-                "extended. Pass optimizers=(optimizer, None) and the schedule by lr_scheduler_type."
-            )
-        if missing:
-            optimizer.add_param_group({"params": missing})
 
     def _wrap_model(self, model: nn.Module, training: bool = True, dataloader: Any = None) -> nn.Module:
         """Prepare the model for autocast and compilation, without DDP, and put the heads beside it."""
@@ -191,7 +180,7 @@ class BlockLocalTrainer(Trainer):
             backward=self.accelerator.backward,
             learned=self._finish_block,
             inputs=inputs,
-            custom_loss=self._custom_loss(inputs["labels"][targets.samples_N], num_items_in_batch),
+            custom_loss=self._custom_loss(inputs["labels"], targets, num_items_in_batch),
         )
         with lesson as report:
             loss = super().training_step(self._forward, inputs, self._items_for_model(num_items_in_batch))
@@ -222,10 +211,13 @@ class BlockLocalTrainer(Trainer):
         heeded = self.assembly.counts_items or self.compute_loss_func is not None or self.label_smoother is not None
         return num_items_in_batch if heeded else None
 
-    def _custom_loss(self, labels: Tensor, num_items_in_batch: Any) -> Callable[[Tensor], Tensor] | None:
+    def _custom_loss(
+        self, labels: Tensor, targets: Targets, num_items_in_batch: Any
+    ) -> Callable[[Tensor], Tensor] | None:
         """Return the user's loss as a function of a head's logits, scaled as the parent scales the model's own."""
         if self.compute_loss_func is None:
             return None
+        labels = labels[targets.samples_N]
         scale = self._processes_counted() if num_items_in_batch is not None else 1
 
         def custom_loss(logits_BC: Tensor) -> Tensor:
@@ -256,7 +248,8 @@ class BlockLocalTrainer(Trainer):
         self._meter.skip(completes_step=self.accelerator.sync_gradients)
         if self.accelerator.sync_gradients:
             if self.accelerator.scaler is not None:  # it must have seen a gradient when it steps
-                self.accelerator.backward(0 * self.assembly.heads[0].readout.linear.bias.sum())
+                trainable = (p for p in self.assembly.parameters[self.assembly.last] if p.requires_grad)
+                self.accelerator.backward(0 * min(trainable, key=Tensor.numel).sum())
             for parameters in self.assembly.parameters:
                 self._averager.start(parameters)
             self._averager.finish()

@@ -577,11 +577,13 @@ def test_frozen_lower_blocks_stay_as_they_are(step_per_block, tmp_path):
     assert not torch.equal(before["model.classifier.weight"], after["model.classifier.weight"])
 
 
-def test_a_loss_scaler_survives_a_step_without_labels(tmp_path):
+@pytest.mark.parametrize("head_layers", [0, 1])
+def test_a_loss_scaler_survives_a_step_without_labels(head_layers, tmp_path):
     rows = examples(SPECIMENS["bert_mlm"])[:8]
     for row in rows[:4]:
         row["labels"] = torch.full_like(row["labels"], -100)
-    trainer = make("bert_mlm", tmp_path, rows=rows, max_steps=2, train_sampling_strategy="sequential")
+    config = BlockLocalConfig(num_blocks=2, head_layers=head_layers)
+    trainer = make("bert_mlm", tmp_path, rows=rows, max_steps=2, train_sampling_strategy="sequential", config=config)
     trainer.accelerator.scaler = torch.amp.GradScaler("cpu")
     trainer.train()
     assert trainer.state.global_step == 2
