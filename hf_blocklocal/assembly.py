@@ -19,7 +19,7 @@ from hf_blocklocal.anatomy import (
     find_stacks,
     target_embedding,
 )
-from hf_blocklocal.blocks import Cut
+from hf_blocklocal.blocks import Boundaries, Cut
 from hf_blocklocal.config import BlockLocalConfig
 from hf_blocklocal.errors import UnsupportedSettingError
 from hf_blocklocal.feedback import FeedbackHead, build_head
@@ -184,11 +184,13 @@ def assemble(
         heads = [_head(model, config, trace, cut, block, label_smoothing) for block in range(cut.num_blocks - 1)]
     module = TaughtModel(model, heads)
     module.heads.to(device)
-    step = LocalStep(model, cut, module.heads, find_router_loss(model))
-    reach = trace_reach(model, step.boundaries, inputs)
+    router_loss = find_router_loss(model)
+    boundaries = Boundaries(model, cut, router_loss.routers if router_loss else None)
+    reach = trace_reach(model, boundaries, inputs)
+    shortcut = None
     if config.head_layers > 0:
         _check_single_stack(model, trace)
-        step.shortcut = Shortcut(model, cut, trace.forms, config.head_layers, reach)
+        shortcut = Shortcut(model, cut, trace.forms, config.head_layers, reach)
     owners = owners_of((name for name, _ in model.named_parameters()), cut, reach)
     return Assembly(
         config=config,
@@ -196,7 +198,7 @@ def assemble(
         cut=cut,
         module=module,
         parameters=_by_block(module, owners, cut.num_blocks),
-        step=step,
+        step=LocalStep(boundaries, module.heads, router_loss=router_loss, shortcut=shortcut),
         counts_items=trace.counts_items,
     )
 
@@ -219,7 +221,7 @@ def _uncut(model: nn.Module, config: BlockLocalConfig) -> Assembly:
         cut=cut,
         module=module,
         parameters=(tuple(model.parameters()),),
-        step=LocalStep(model, cut, []),
+        step=LocalStep(Boundaries(model, cut), []),
         counts_items=True,
     )
 

@@ -55,7 +55,23 @@ class _Saved:
         self._ledger.release(self._key)
 
 
-class ActivationMeter:
+class _Meter:
+    """Reads a ledger."""
+
+    _ledger: _Ledger
+
+    @property
+    def peak_bytes(self) -> int:
+        """The most bytes counted at any one time so far."""
+        return self._ledger.peak_bytes
+
+    @property
+    def live_bytes(self) -> int:
+        """Bytes counted now."""
+        return self._ledger.live_bytes
+
+
+class ActivationMeter(_Meter):
     """Measures the most bytes that autograd keeps saved for backward passes at any one time.
 
     Counts what the operations inside the `with` save, from the moment they save it to the moment a backward pass
@@ -80,16 +96,6 @@ class ActivationMeter:
         self._own: set[int] = set()
         self._hooks = saved_tensors_hooks(self._pack, self._unpack)
 
-    @property
-    def peak_bytes(self) -> int:
-        """The most bytes saved at any one time so far."""
-        return self._ledger.peak_bytes
-
-    @property
-    def live_bytes(self) -> int:
-        """Bytes saved now."""
-        return self._ledger.live_bytes
-
     def __enter__(self) -> ActivationMeter:
         if self._module is not None:
             self._own = {_storage_key(tensor) for tensor in (*self._module.parameters(), *self._module.buffers())}
@@ -107,7 +113,7 @@ class ActivationMeter:
         return packed.tensor if isinstance(packed, _Saved) else packed
 
 
-class TensorMeter(TorchDispatchMode):
+class TensorMeter(_Meter, TorchDispatchMode):
     """Measures the most bytes of tensors that are alive at any one time, whoever keeps them.
 
     Counts every storage that an operation inside the `with` makes, until it is freed: activations, those of
@@ -124,16 +130,6 @@ class TensorMeter(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self._ledger = _Ledger()
-
-    @property
-    def peak_bytes(self) -> int:
-        """The most bytes alive at any one time so far."""
-        return self._ledger.peak_bytes
-
-    @property
-    def live_bytes(self) -> int:
-        """Bytes alive now."""
-        return self._ledger.live_bytes
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None

@@ -12,10 +12,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from hf_blocklocal.anatomy import RouterLoss, outputs_not_recorded
-from hf_blocklocal.blocks import Boundaries, Cut
+from hf_blocklocal.blocks import Boundaries
 from hf_blocklocal.errors import NonFiniteLossError
 from hf_blocklocal.feedback import FeedbackHead
 from hf_blocklocal.shortcut import Shortcut
@@ -56,20 +56,24 @@ class LocalStep:
     """Teaches every block but the last while the model's own forward runs.
 
     Args:
-        model: The model, whole.
-        cut: Where it is cut.
+        boundaries: The cut of the model, where the heads stand.
         heads: The feedback head of every block but the last.
         router_loss: Load-balancing loss of a mixture of experts, if the model adds one.
+        shortcut: The way to the model's logits, for heads that borrow layers.
     """
 
     def __init__(
-        self, model: nn.Module, cut: Cut, heads: Sequence[FeedbackHead], router_loss: RouterLoss | None = None
+        self,
+        boundaries: Boundaries,
+        heads: Sequence[FeedbackHead],
+        *,
+        router_loss: RouterLoss | None = None,
+        shortcut: Shortcut | None = None,
     ) -> None:
+        self.boundaries = boundaries
         self.heads = heads
         self.router_loss = router_loss
-        self.boundaries = Boundaries(model, cut, router_loss.routers if router_loss else None)
-        self.shortcut: Shortcut | None = None
-        self._layer_share = [len(span) / max(len(cut.layers), 1) for span in cut.spans]
+        self.shortcut = shortcut
 
     @contextmanager
     def teach(
@@ -134,5 +138,6 @@ class LocalStep:
     def _router_loss(self, block: int, router_logits: tuple[Tensor, ...], targets: Targets) -> Tensor:
         """Return a block's part in the router loss: that of its own layers, in proportion to their number."""
         assert self.router_loss is not None
+        cut = self.boundaries.cut
         balance = self.router_loss.balance(router_logits, targets.mask_BS)
-        return self.router_loss.coefficient * self._layer_share[block] * balance
+        return self.router_loss.coefficient * len(cut.spans[block]) / len(cut.layers) * balance

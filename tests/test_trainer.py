@@ -7,7 +7,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from test_parity import arguments, equal, examples, with_dropout
+from test_parity import Stop, arguments, equal, examples, with_dropout
 from torch import nn
 from torch.utils.data import IterableDataset
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback
@@ -436,6 +436,26 @@ def test_lora_adapters_learn_block_by_block(tmp_path):
     trainer.save_model()
     assert (tmp_path / "adapter_model.safetensors").is_file()
     assert not (tmp_path / "model.safetensors").exists()
+
+
+def test_a_killed_run_of_adapters_resumes_to_the_bit(tmp_path):
+    peft = pytest.importorskip("peft")
+
+    def trainer(folder, *callbacks):
+        torch.manual_seed(0)
+        lora = peft.LoraConfig(task_type="SEQ_CLS", r=4, lora_dropout=0.1, target_modules=["query", "value"])
+        model = peft.get_peft_model(SPECIMENS["bert"].build(), lora)
+        saving = {"save_strategy": "steps", "save_steps": 5}
+        return make("bert", tmp_path / folder, model=model, max_steps=12, callbacks=list(callbacks), **saving)
+
+    whole = trainer("whole")  # a trainer seeds when it is made, so each is made right before its run
+    whole.train()
+    killed = trainer("killed", Stop(7))
+    with pytest.raises(KeyboardInterrupt):
+        killed.train()
+    resumed = trainer("killed")
+    resumed.train(resume_from_checkpoint=True)
+    assert equal(snapshot(whole), snapshot(resumed))
 
 
 # ---- Bad input ----
