@@ -7,29 +7,30 @@ from __future__ import annotations
 
 import logging
 import shutil
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import DynamoBackend
 from torch import Tensor, nn
 from transformers import Trainer
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 from hf_blocklocal.assembly import Assembly, assemble, check_structure
 from hf_blocklocal.checkpoint import FILES, load_heads_, save_heads
+from hf_blocklocal.compilation import layers_compiled
 from hf_blocklocal.config import BlockLocalConfig
-from hf_blocklocal.data_parallel import GradientAverager, broadcast_from_first
+from hf_blocklocal.data_parallel import broadcast_from_first
 from hf_blocklocal.errors import TargetError
 from hf_blocklocal.evaluation import BlockScores
 from hf_blocklocal.meters import BlockLossMeter
-from hf_blocklocal.optim import add_heads_, check_norms, check_steps_by_block, clip_block_, step_block_, total_norm
+from hf_blocklocal.optim import add_heads_, check_steps_by_block
 from hf_blocklocal.probe import first_batch, random_state_kept, with_own_generators
 from hf_blocklocal.settings import check_arguments, check_launcher, check_loss_settings, check_placement
 from hf_blocklocal.step import StepReport
 from hf_blocklocal.targets import Targets
+from hf_blocklocal.updates import BlockUpdates
 
 
 logger = logging.getLogger(__name__)
@@ -74,9 +75,8 @@ class BlockLocalTrainer(Trainer):
 
     def _forget_run(self) -> None:
         """Start without anything that an earlier, perhaps interrupted, run has left behind."""
-        self._averager = GradientAverager(self.args.world_size)
+        self._updates = BlockUpdates(self.args.world_size)
         self._meter = BlockLossMeter()
-        self._norms: dict[int, Tensor] = {}
         self._micro_batch = 0
 
     @property
@@ -125,8 +125,13 @@ class BlockLocalTrainer(Trainer):
         if given is not None:
             add_heads_(given, list(self.assembly.heads.parameters()), has_schedule=self.lr_scheduler is not None)
         if self.block_local.step_per_block and self.assembly.last > 0:
-            check_steps_by_block(getattr(optimizer, "optimizer", optimizer))
+            check_steps_by_block(self._inner_optimizer)
         return optimizer
+
+    @property
+    def _inner_optimizer(self) -> torch.optim.Optimizer:
+        """The optimizer itself, without accelerate's wrapper."""
+        return getattr(self.optimizer, "optimizer", self.optimizer)
 
     def _wrap_model(self, model: nn.Module, training: bool = True, dataloader: Any = None) -> nn.Module:
         """Prepare the model for autocast and compilation, without DDP, and put the heads beside it."""
@@ -135,27 +140,13 @@ class BlockLocalTrainer(Trainer):
         self._forget_run()
         self.assembly.check_last_block_learns()
         module = self.assembly.module
-        with self._compiling_layers() if self.assembly.last > 0 else nullcontext():
+        layers = [self.model.get_submodule(path) for path in self.assembly.cut.layers]
+        plugin = self.accelerator.state.dynamo_plugin
+        with layers_compiled(layers, plugin) if self.assembly.last > 0 else nullcontext():
             self._forward = self.accelerator.prepare_model(self.model, evaluation_mode=True)
         if self.args.world_size > 1:
             broadcast_from_first([*module.parameters(), *module.buffers()])
         return module
-
-    @contextmanager
-    def _compiling_layers(self) -> Iterator[None]:
-        """Compile each layer instead of the whole model, so that the hooks between layers stay out of the graphs."""
-        plugin = self.accelerator.state.dynamo_plugin
-        backend = plugin.backend
-        if backend != DynamoBackend.NO:
-            for path in self.assembly.cut.layers:
-                layer = self.model.get_submodule(path)
-                if "forward" not in vars(layer):
-                    layer.forward = torch.compile(layer.forward, **plugin.to_kwargs())
-        plugin.backend = DynamoBackend.NO
-        try:
-            yield
-        finally:
-            plugin.backend = backend
 
     # ---- One step ----
 
@@ -230,18 +221,17 @@ class BlockLocalTrainer(Trainer):
         """Average the gradients of a block that has learned, and step it if it is to be stepped at once."""
         if not self.accelerator.sync_gradients:
             return
-        parameters = self.assembly.parameters[block]
-        self._averager.start(parameters)
-        if block == self.assembly.last:
-            self._averager.finish()
-        elif self.block_local.step_per_block:
-            self._averager.finish()
+        parameters, at_once = self.assembly.parameters[block], self.block_local.step_per_block
+        self._updates.average(parameters, wait=block == self.assembly.last or at_once)
+        if block < self.assembly.last and at_once:
             report.check_finite(self.state.global_step + 1)
-            norm = clip_block_(parameters, self.args.max_grad_norm or float("inf"))
-            if norm is not None:
-                self._norms[block] = norm
-                check_norms(self._norms, self.state.global_step + 1)
-            step_block_(getattr(self.optimizer, "optimizer", self.optimizer), parameters)
+            self._updates.step_(
+                block,
+                parameters,
+                self._inner_optimizer,
+                max_norm=self.args.max_grad_norm or float("inf"),
+                step=self.state.global_step + 1,
+            )
 
     def _skip_batch(self) -> Tensor:
         """Learn nothing from a micro-batch without targets, but keep the other processes company."""
@@ -250,9 +240,7 @@ class BlockLocalTrainer(Trainer):
             if self.accelerator.scaler is not None:  # it must have seen a gradient when it steps
                 trainable = (p for p in self.assembly.parameters[self.assembly.last] if p.requires_grad)
                 self.accelerator.backward(0 * min(trainable, key=Tensor.numel).sum())
-            for parameters in self.assembly.parameters:
-                self._averager.start(parameters)
-            self._averager.finish()
+            self._updates.average(*self.assembly.parameters, wait=True)
         return torch.zeros((), device=self.args.device)
 
     def _clip_grad_norm(self, model: nn.Module) -> Tensor:
@@ -265,14 +253,12 @@ class BlockLocalTrainer(Trainer):
 
     def _clip_blocks(self, max_norm: float) -> Tensor:
         self.accelerator.unscale_gradients()
-        for block, parameters in enumerate(self.assembly.parameters):
-            if (norm := clip_block_(parameters, max_norm)) is not None:
-                self._norms[block] = norm
-        if self.assembly.last > 0 and self.accelerator.scaler is None:
-            check_norms(self._norms, self.state.global_step + 1)
-        norms = list(self._norms.values())
-        self._norms.clear()
-        return total_norm(norms)
+        checked = self.assembly.last > 0 and self.accelerator.scaler is None
+        return self._updates.clip_(
+            self.assembly.parameters,
+            max_norm=max_norm,
+            checked_step=self.state.global_step + 1 if checked else None,
+        )
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Add the loss of every block to the training logs."""

@@ -11,8 +11,8 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "hf_blocklocal"
 FLOORS = [
     ["errors"],
-    ["anatomy", "config", "data_parallel", "memory", "metrics", "optim", "partition", "targets"],
-    ["families", "sampling"],
+    ["anatomy", "compilation", "config", "data_parallel", "memory", "metrics", "optim", "partition", "targets"],
+    ["families", "sampling", "updates"],
     ["losses"],
     ["feedback"],
     ["blocks", "meters", "probe", "settings"],
@@ -24,7 +24,7 @@ FLOORS = [
 ]
 FLOOR = {room: number for number, floor in enumerate(FLOORS) for room in floor}
 ALLOWED = {
-    "accelerate": {"trainer"},
+    "accelerate": {"compilation", "trainer"},
     "torch.distributed": {"data_parallel"},
     "transformers": {"anatomy", "settings", "trainer", "metrics"},
     "datasets": {"metrics"},

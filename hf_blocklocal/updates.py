@@ -1,0 +1,81 @@
+"""What happens to the gradients of a block once it has learned: averaged over processes, clipped, stepped.
+
+Always one block by itself. When which block is ready is the caller's business.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from hf_blocklocal.data_parallel import GradientAverager
+from hf_blocklocal.optim import check_norms, clip_block_, step_block_, total_norm
+
+
+class BlockUpdates:
+    """Averages, clips and steps the blocks of one run.
+
+    Args:
+        world_size: Processes, each of which holds a copy of every block.
+    """
+
+    def __init__(self, world_size: int) -> None:
+        self._averager = GradientAverager(world_size)
+        self._norms: dict[int, Tensor] = {}
+
+    def average(self, *blocks: Sequence[nn.Parameter], wait: bool) -> None:
+        """Average the gradients of blocks over processes, in this order.
+
+        Args:
+            *blocks: Their parameters.
+            wait: Whether these and all gradients sent off before must be in place on return.
+        """
+        for parameters in blocks:
+            self._averager.start(parameters)
+        if wait:
+            self._averager.finish()
+
+    def step_(
+        self,
+        block: int,
+        parameters: Sequence[nn.Parameter],
+        optimizer: torch.optim.Optimizer,
+        *,
+        max_norm: float,
+        step: int,
+    ) -> None:
+        """Clip and step one block at once, and free its gradients.
+
+        Raises:
+            NonFiniteLossError: If its gradient is not finite. The block is as it was.
+        """
+        norm = clip_block_(parameters, max_norm)
+        if norm is not None:
+            self._norms[block] = norm
+            check_norms(self._norms, step)
+        step_block_(optimizer, parameters)
+
+    def clip_(self, blocks: Sequence[Sequence[nn.Parameter]], *, max_norm: float, checked_step: int | None) -> Tensor:
+        """Clip every block that still has gradients.
+
+        Args:
+            blocks: The parameters of all blocks.
+            max_norm: Largest norm to leave in each; infinity only measures.
+            checked_step: Optimizer step under way, where a norm that is not finite is an error; None where not.
+
+        Returns:
+            The norm of all blocks together, with those that were stepped since the last call.
+
+        Raises:
+            NonFiniteLossError: If the gradient of a block is not finite.
+        """
+        for block, parameters in enumerate(blocks):
+            if (norm := clip_block_(parameters, max_norm)) is not None:
+                self._norms[block] = norm
+        if checked_step is not None:
+            check_norms(self._norms, checked_step)
+        norms = list(self._norms.values())
+        self._norms.clear()
+        return total_norm(norms)
