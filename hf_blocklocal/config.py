@@ -77,6 +77,9 @@ class BlockLocalConfig:
     step_per_block: bool = _help(
         False, "Step each block right after its backward pass and free its gradients. The weights come out the same."
     )
+    block_lr_decay: float = _help(
+        1.0, "Factor of the learning rate from a block, its head included, to the one below. The last has the run's."
+    )
     evaluate_blocks: bool = _help(True, "Report in every evaluation what each block's head would have predicted.")
 
     def __post_init__(self) -> None:
@@ -92,6 +95,7 @@ class BlockLocalConfig:
             )
         self._check_choices()
         self._check_numbers()
+        self._check_shares()
         self._check_head()
         self._check_cut()
 
@@ -119,6 +123,13 @@ class BlockLocalConfig:
             fits = isinstance(value, tuple) and all(type(item) is kind for item in value)
             if value is not None and (not fits or (name == "layers" and not value)):
                 raise ConfigError(f"{name} must be a list of {what}, or left out; got {value!r}.")
+
+    def _check_shares(self) -> None:
+        for name in ("block_lr_decay",):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= 1:
+                raise ConfigError(f"{name} must be a number above 0 and at most 1, got {value!r}.")
+            object.__setattr__(self, name, float(value))
 
     def _check_head(self) -> None:
         if isinstance(self.head_layers, bool) or not isinstance(self.head_layers, int) or self.head_layers < 0:

@@ -24,6 +24,7 @@ from hf_blocklocal.config import BlockLocalConfig
 from hf_blocklocal.data_parallel import broadcast_from_first
 from hf_blocklocal.errors import TargetError
 from hf_blocklocal.evaluation import BlockScores
+from hf_blocklocal.groups import factors_by_block, scale_learning_rates_
 from hf_blocklocal.meters import BlockLossMeter
 from hf_blocklocal.optim import add_heads_, check_steps_by_block
 from hf_blocklocal.probe import first_batch, random_state_kept, with_own_generators
@@ -120,10 +121,13 @@ class BlockLocalTrainer(Trainer):
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Optimize the heads together with the model, in place of the model alone."""
-        given = self.optimizer
+        given, has_schedule = self.optimizer, self.lr_scheduler is not None
         optimizer = super().create_optimizer(self.assembly.module)
         if given is not None:
-            add_heads_(given, list(self.assembly.heads.parameters()), has_schedule=self.lr_scheduler is not None)
+            add_heads_(given, list(self.assembly.heads.parameters()), has_schedule=has_schedule)
+        if self.block_local.block_lr_decay != 1:
+            factors = factors_by_block(self.assembly.parameters, self.block_local.block_lr_decay)
+            scale_learning_rates_(self._inner_optimizer, factors, option="block_lr_decay", has_schedule=has_schedule)
         if self.block_local.step_per_block and self.assembly.last > 0:
             check_steps_by_block(self._inner_optimizer)
         return optimizer

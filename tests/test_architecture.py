@@ -11,7 +11,18 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "hf_blocklocal"
 FLOORS = [
     ["errors"],
-    ["anatomy", "compilation", "config", "data_parallel", "memory", "metrics", "optim", "partition", "targets"],
+    [
+        "anatomy",
+        "compilation",
+        "config",
+        "data_parallel",
+        "groups",
+        "memory",
+        "metrics",
+        "optim",
+        "partition",
+        "targets",
+    ],
     ["families", "sampling", "updates"],
     ["losses"],
     ["feedback"],

@@ -25,6 +25,7 @@ CONFIGS = {
         pooling="last",
         negatives=None,
         step_per_block=True,
+        block_lr_decay=0.5,
         evaluate_blocks=False,
     ),
 }
@@ -138,6 +139,14 @@ REFUSALS = {
     "no negatives": (
         {"negatives": 0},
         "negatives must be a whole number of at least 1, got 0.",
+    ),
+    "a block that never learns": (
+        {"block_lr_decay": 0},
+        "block_lr_decay must be a number above 0 and at most 1, got 0.",
+    ),
+    "learning rates that grow downwards": (
+        {"block_lr_decay": 1.5},
+        "block_lr_decay must be a number above 0 and at most 1, got 1.5.",
     ),
     "two numbers of blocks": (
         {"num_blocks": 2, "boundaries": (1, 2)},

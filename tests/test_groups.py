@@ -1,0 +1,165 @@
+"""Blocks have learning rates of their own, in proportion, whatever else a group of the optimizer holds."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from test_optim import adafactor_relative, adamw, groups_of, three_blocks
+from test_parity import Stop, equal
+from test_trainer import make, snapshot
+from transformers import TrainerCallback
+from transformers.optimization import Adafactor
+from zoo import SPECIMENS
+
+from hf_blocklocal import BlockLocalConfig
+from hf_blocklocal.errors import UnsupportedSettingError
+from hf_blocklocal.groups import factors_by_block, scale_learning_rates_
+
+
+def blocks_of(model):
+    return [list(block.parameters()) for block in model]
+
+
+def split(optimizer, factors, has_schedule=False):
+    scale_learning_rates_(optimizer, factors, option="block_lr_decay", has_schedule=has_schedule)
+
+
+def rate_of(optimizer, parameter):
+    (group,) = [g for g in optimizer.param_groups if any(p is parameter for p in g["params"])]
+    return group["lr"], group["weight_decay"]
+
+
+def test_the_factor_falls_from_the_last_block_down():
+    model = three_blocks()
+    factors = factors_by_block(blocks_of(model), 0.5)
+    assert [factors[block.weight] for block in model] == [0.25, 0.5, 1.0]
+
+
+def test_groups_are_split_by_factor_and_keep_what_else_they_hold():
+    model = three_blocks()
+    optimizer = adamw(groups_of(model))
+    split(optimizer, factors_by_block(blocks_of(model), 0.5))
+    for block, factor in zip(model, (0.25, 0.5, 1.0), strict=True):
+        assert rate_of(optimizer, block.weight) == (0.1 * factor, 0.3)
+        assert rate_of(optimizer, block.bias) == (0.1 * factor, 0.0)
+    assert optimizer.param_groups[0]["lr"] == 0.1  # the rate that the logs show is the run's
+
+
+def test_a_group_is_split_only_where_needed():
+    model = three_blocks()
+    optimizer = adamw(groups_of(model))
+    split(optimizer, {model[1].bias: 0.5})
+    assert [len(group["params"]) for group in optimizer.param_groups] == [3, 2, 1]
+
+
+def test_equal_factors_split_nothing():
+    model = three_blocks()
+    optimizer = adamw(groups_of(model))
+    before = [dict(group) for group in optimizer.param_groups]
+    split(optimizer, factors_by_block(blocks_of(model), 1.0))
+    assert optimizer.param_groups == before
+
+
+def test_splitting_twice_is_splitting_once():
+    model = three_blocks()
+    optimizer = adamw(groups_of(model))
+    for _ in range(2):
+        split(optimizer, factors_by_block(blocks_of(model), 0.5))
+    assert rate_of(optimizer, model[0].weight)[0] == 0.025
+
+
+def test_an_optimizer_without_learning_rates_is_refused():
+    model = three_blocks()
+    with pytest.raises(UnsupportedSettingError, match="Adafactor keeps none in its parameter groups"):
+        split(adafactor_relative(groups_of(model)), factors_by_block(blocks_of(model), 0.5))
+
+
+# ---- Through the Trainer ----
+
+
+@pytest.mark.parametrize("step_per_block", [False, True])
+def test_with_plain_sgd_a_block_moves_in_proportion(step_per_block, tmp_path):
+    moves = []
+    for decay in (1.0, 0.5):
+        config = BlockLocalConfig(num_blocks=4, block_lr_decay=decay, step_per_block=step_per_block)
+        settings = {"optim": "sgd", "learning_rate": 0.1, "max_steps": 1, "max_grad_norm": 0}
+        trainer = make("bert", tmp_path, config=config, lr_scheduler_type="constant", **settings)
+        before = snapshot(trainer)
+        trainer.train()
+        moves.append({key: value - before[key] for key, value in snapshot(trainer).items()})
+    names = {parameter: key for key, parameter in trainer.assembly.module.named_parameters()}
+    for block, parameters in enumerate(trainer.assembly.parameters):
+        for key in (names[parameter] for parameter in parameters):
+            torch.testing.assert_close(moves[1][key], 0.5 ** (3 - block) * moves[0][key], rtol=1e-3, atol=1e-6)
+
+
+def test_a_schedule_keeps_the_proportions_and_the_log_shows_the_rate_of_the_run(tmp_path):
+    config = BlockLocalConfig(num_blocks=2, block_lr_decay=0.25)
+    trainer = make("bert", tmp_path, config=config, warmup_steps=2, max_steps=6, lr_scheduler_type="cosine")
+    plain = make("bert", tmp_path, max_steps=6, warmup_steps=2, lr_scheduler_type="cosine")
+    seen = []
+
+    class Note(TrainerCallback):
+        def on_pre_optimizer_step(self, args, state, control, optimizer=None, **kwargs):
+            seen.append([group["lr"] for group in optimizer.param_groups])
+
+    trainer.add_callback(Note())
+    for run in (trainer, plain):
+        run.train()
+    assert len({tuple(rates) for rates in seen}) == 5  # 0.0005 comes up and down
+    for high, low, same_high, same_low in seen:
+        assert high == same_high
+        assert low == same_low == pytest.approx(0.25 * high)
+    logged = [[row["learning_rate"] for row in run.state.log_history if "loss" in row] for run in (trainer, plain)]
+    assert logged[0] == logged[1]
+
+
+@pytest.mark.parametrize("step_per_block", [False, True])
+def test_a_killed_run_resumes_to_the_bit(step_per_block, tmp_path):
+    config = BlockLocalConfig(num_blocks=4, block_lr_decay=0.3, step_per_block=step_per_block)
+    saving = {"config": config, "max_steps": 9, "save_strategy": "steps", "save_steps": 4}
+    whole, killed = (make("bert", tmp_path / name, **saving) for name in ("whole", "killed"))
+    whole.train()
+    killed.add_callback(Stop(6))
+    with pytest.raises(KeyboardInterrupt):
+        killed.train()
+    resumed = make("bert", tmp_path / "killed", **saving)
+    resumed.train(resume_from_checkpoint=True)
+    assert equal(snapshot(whole), snapshot(resumed))
+    optimizers = [tmp_path / name / "checkpoint-9" / "optimizer.pt" for name in ("whole", "killed")]
+    assert optimizers[0].read_bytes() == optimizers[1].read_bytes()
+
+
+def test_a_second_call_of_train_does_not_shrink_the_rates_again(tmp_path):
+    trainer = make("bert", tmp_path, config=BlockLocalConfig(block_lr_decay=0.5), lr_scheduler_type="constant")
+    for _ in range(2):
+        trainer.train()
+    assert sorted({group["lr"] for group in trainer.optimizer.param_groups}) == [5e-4, 1e-3]
+
+
+def test_an_optimizer_of_ones_own_has_its_rates_multiplied(tmp_path):
+    model = SPECIMENS["bert"].build()
+    config = BlockLocalConfig(num_blocks=2, block_lr_decay=0.5)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.2)
+    trainer = make("bert", tmp_path, model=model, optimizers=(optimizer, None), config=config)
+    trainer.create_optimizer()
+    rates = {parameter: group["lr"] for group in optimizer.param_groups for parameter in group["params"]}
+    assert {rates[parameter] for parameter in trainer.assembly.parameters[0]} == {0.1}
+    assert {rates[parameter] for parameter in trainer.assembly.parameters[1]} == {0.2}
+
+
+def test_a_scheduler_of_ones_own_is_refused(tmp_path):
+    model = SPECIMENS["bert"].build()
+    trainer = make("bert", tmp_path, model=model, config=BlockLocalConfig(block_lr_decay=0.5))
+    optimizer = torch.optim.SGD(trainer.assembly.module.parameters(), lr=0.2)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
+    trainer.optimizer, trainer.lr_scheduler = optimizer, scheduler
+    with pytest.raises(UnsupportedSettingError, match="block_lr_decay splits the groups .* lr_scheduler_type"):
+        trainer.train()
+
+
+def test_adafactor_with_a_rate_is_split():
+    model = three_blocks()
+    optimizer = Adafactor(groups_of(model), lr=0.1, relative_step=False)
+    split(optimizer, factors_by_block(blocks_of(model), 0.5))
+    assert rate_of(optimizer, model[0].weight)[0] == 0.025
