@@ -80,6 +80,9 @@ class BlockLocalConfig:
     block_lr_decay: float = _help(
         1.0, "Factor of the learning rate from a block, its head included, to the one below. The last has the run's."
     )
+    head_warmup_steps: int = _help(
+        0, "Optimizer steps at the start in which only the heads learn, and the last block, as it always does."
+    )
     evaluate_blocks: bool = _help(True, "Report in every evaluation what each block's head would have predicted.")
 
     def __post_init__(self) -> None:
@@ -107,12 +110,13 @@ class BlockLocalConfig:
                 raise ConfigError(f"{name}={value!r} is not known. Choose one of {list(choices)}.")
 
     def _check_numbers(self) -> None:
-        for name in ("num_blocks", "latent_dim", "negatives"):
+        smallest = {"num_blocks": 1, "latent_dim": 1, "negatives": 1, "head_layers": 0, "head_warmup_steps": 0}
+        for name, least in smallest.items():
             value = getattr(self, name)
             if value is None and name == "negatives":
                 continue
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ConfigError(f"{name} must be a whole number of at least 1, got {value!r}.")
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise ConfigError(f"{name} must be a whole number of at least {least}, got {value!r}.")
 
     def _check_types(self) -> None:
         for name in ("step_per_block", "evaluate_blocks"):
@@ -132,8 +136,6 @@ class BlockLocalConfig:
             object.__setattr__(self, name, float(value))
 
     def _check_head(self) -> None:
-        if isinstance(self.head_layers, bool) or not isinstance(self.head_layers, int) or self.head_layers < 0:
-            raise ConfigError(f"head_layers must be a whole number of at least 0, got {self.head_layers!r}.")
         if self.head_layers > 0 and self.feedback == "direct":
             raise ConfigError(
                 f"head_layers={self.head_layers} and feedback='direct' exclude each other: a head that borrows layers "

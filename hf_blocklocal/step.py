@@ -85,6 +85,7 @@ class LocalStep:
         learned: Callable[[int, StepReport], None],
         inputs: Mapping[str, Any] | None = None,
         custom_loss: Callable[[Tensor], Tensor] | None = None,
+        heads_only: bool = False,
     ) -> Iterator[StepReport]:
         """Let each block learn at its end, in the forward pass that runs inside the `with`.
 
@@ -97,6 +98,7 @@ class LocalStep:
             learned: Called with a block, and the report so far, when its gradients are complete.
             inputs: The model's inputs, for heads that borrow layers.
             custom_loss: Maps the logits (B, C) that a head predicts to a loss, in place of the head's own.
+            heads_only: Whether only the heads learn, and the last block; the losses are reported all the same.
 
         Yields:
             The report, filled as the forward pass comes by the ends of the blocks.
@@ -105,7 +107,9 @@ class LocalStep:
 
         def leave(block: int, hidden: Tensor, router_logits: tuple[Tensor, ...]) -> None:
             head = self.heads[block]
-            with outputs_not_recorded(), self._read_only(block):
+            if heads_only:
+                hidden, router_logits = hidden.detach(), tuple(logits.detach() for logits in router_logits)
+            with outputs_not_recorded(), self._read_only(block), _recording(head if heads_only else None):
                 seen = self.seen_by_head(block, hidden, inputs)
                 if custom_loss is None:
                     loss = head(seen, targets).sum() * scale
@@ -141,3 +145,9 @@ class LocalStep:
         cut = self.boundaries.cut
         balance = self.router_loss.balance(router_logits, targets.mask_BS)
         return self.router_loss.coefficient * len(cut.spans[block]) / len(cut.layers) * balance
+
+
+def _recording(head: FeedbackHead | None) -> AbstractContextManager[None]:
+    """Record no graph for a head that has nothing to learn, where it alone is to be taught."""
+    idle = head is not None and not any(parameter.requires_grad for parameter in head.parameters())
+    return torch.no_grad() if idle else nullcontext()

@@ -176,6 +176,7 @@ class BlockLocalTrainer(Trainer):
             learned=self._finish_block,
             inputs=inputs,
             custom_loss=self._custom_loss(inputs["labels"], targets, num_items_in_batch),
+            heads_only=self.state.global_step < self.block_local.head_warmup_steps,
         )
         with lesson as report:
             loss = super().training_step(self._forward, inputs, self._items_for_model(num_items_in_batch))

@@ -26,6 +26,7 @@ CONFIGS = {
         negatives=None,
         step_per_block=True,
         block_lr_decay=0.5,
+        head_warmup_steps=3,
         evaluate_blocks=False,
     ),
 }
@@ -139,6 +140,10 @@ REFUSALS = {
     "no negatives": (
         {"negatives": 0},
         "negatives must be a whole number of at least 1, got 0.",
+    ),
+    "a warm-up that ended before": (
+        {"head_warmup_steps": -1},
+        "head_warmup_steps must be a whole number of at least 0, got -1.",
     ),
     "a block that never learns": (
         {"block_lr_decay": 0},
