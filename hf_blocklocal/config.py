@@ -80,6 +80,9 @@ class BlockLocalConfig:
     block_lr_decay: float = _help(
         1.0, "Factor of the learning rate from a block, its head included, to the one below. The last has the run's."
     )
+    satisfied_at: float | None = _help(
+        None, "Probability under a block's head from which on a target no longer teaches the block. Default: never."
+    )
     head_warmup_steps: int = _help(
         0, "Optimizer steps at the start in which only the heads learn, and the last block, as it always does."
     )
@@ -134,6 +137,10 @@ class BlockLocalConfig:
             if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= 1:
                 raise ConfigError(f"{name} must be a number above 0 and at most 1, got {value!r}.")
             object.__setattr__(self, name, float(value))
+        margin = self.satisfied_at
+        is_number = isinstance(margin, int | float) and not isinstance(margin, bool)
+        if margin is not None and not (is_number and 0 < margin < 1):
+            raise ConfigError(f"satisfied_at must be a probability between 0 and 1, or left out; got {margin!r}.")
 
     def _check_head(self) -> None:
         if self.head_layers > 0 and self.feedback == "direct":

@@ -76,13 +76,20 @@ def check_placement(model: nn.Module, *, model_parallel: bool) -> None:
         )
 
 
-def check_loss_settings(task: Task, *, label_smoothing: float, custom_loss: bool) -> None:
+def check_loss_settings(
+    task: Task, *, label_smoothing: float, custom_loss: bool, satisfied_at: float | None = None
+) -> None:
     """Refuse changes to the model's own loss that the heads cannot follow.
 
     Raises:
         UnsupportedSettingError: For label smoothing of targets that are not classes, and for a `compute_loss_func`
-            with a target per position.
+            with a target per position or a margin.
     """
+    if custom_loss and satisfied_at is not None:
+        raise UnsupportedSettingError(
+            f"satisfied_at={satisfied_at} masks targets one by one, and compute_loss_func gives one loss for all of "
+            "them. Leave one of the two out."
+        )
     if label_smoothing and task.target in ("regression", "multi_label"):
         raise UnsupportedSettingError(
             f"label_smoothing_factor={label_smoothing} has no meaning for {task.target} targets. Set it to 0."

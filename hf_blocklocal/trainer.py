@@ -91,8 +91,12 @@ class BlockLocalTrainer(Trainer):
                     self.model, self.block_local, batch, label_smoothing=smoothing, seed=self.args.seed
                 )
             if assembly.task is not None:
-                custom = self.compute_loss_func is not None
-                check_loss_settings(assembly.task, label_smoothing=smoothing, custom_loss=custom)
+                check_loss_settings(
+                    assembly.task,
+                    label_smoothing=smoothing,
+                    custom_loss=self.compute_loss_func is not None,
+                    satisfied_at=self.block_local.satisfied_at,
+                )
             self._assembly = assembly
             logger.info("Blocks of %s:\n%s", type(self.model).__name__, assembly.describe())
         return self._assembly

@@ -26,6 +26,7 @@ CONFIGS = {
         negatives=None,
         step_per_block=True,
         block_lr_decay=0.5,
+        satisfied_at=0.9,
         head_warmup_steps=3,
         evaluate_blocks=False,
     ),
@@ -144,6 +145,10 @@ REFUSALS = {
     "a warm-up that ended before": (
         {"head_warmup_steps": -1},
         "head_warmup_steps must be a whole number of at least 0, got -1.",
+    ),
+    "a margin that nothing exceeds": (
+        {"satisfied_at": 1.0},
+        "satisfied_at must be a probability between 0 and 1, or left out; got 1.0.",
     ),
     "a block that never learns": (
         {"block_lr_decay": 0},

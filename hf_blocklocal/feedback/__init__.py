@@ -47,7 +47,8 @@ def build_head(
         label_smoothing: As in `TrainingArguments.label_smoothing_factor`.
 
     Raises:
-        TargetError: If the chosen feedback or family cannot carry targets of this task.
+        TargetError: If the chosen feedback or family cannot carry targets of this task, or gives no probability where
+            `satisfied_at` asks for one.
     """
     borrows = config.head_layers > 0
     feedback_name = config.feedback
@@ -73,10 +74,23 @@ def build_head(
             f"family={family!r} does not describe {task.target!r} targets, and with feedback='label' the latent is "
             f"the target. Use family='auto' or {natural!r}."
         )
+    if config.satisfied_at is not None and task.target == "regression":
+        raise TargetError(
+            f"satisfied_at={config.satisfied_at} is a probability, and the heads of regression targets give none. "
+            "Leave it out."
+        )
     feedback = network(task, latent_dim=config.latent_dim, embedding_width=embedding_width)
     loss = LOSSES[feedback.loss](get_family(family), label_smoothing=label_smoothing)
     readout = nn.Identity() if borrows else LinearReadout(hidden_width, feedback.units)
-    return FeedbackHead(readout, feedback, loss, alignment=alignment, pooling=config.pooling, borrows=borrows)
+    return FeedbackHead(
+        readout,
+        feedback,
+        loss,
+        alignment=alignment,
+        pooling=config.pooling,
+        borrows=borrows,
+        satisfied_at=config.satisfied_at,
+    )
 
 
 __all__ = [

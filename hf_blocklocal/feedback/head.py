@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from hf_blocklocal.feedback.base import FeedbackNetwork
 from hf_blocklocal.losses import LocalLoss, Messages
+from hf_blocklocal.losses.margin import satisfied
 from hf_blocklocal.targets import Alignment, Pooling, Targets
 
 
@@ -22,6 +23,7 @@ class FeedbackHead(nn.Module):
         pooling: How a sample's hidden states are pooled where it has not.
         borrows: Whether it is given logits that borrowed layers of the model have made of the block's output, in
             place of that output.
+        satisfied_at: Probability of a target from which on it teaches no longer; None is never.
     """
 
     def __init__(
@@ -33,6 +35,7 @@ class FeedbackHead(nn.Module):
         alignment: Alignment,
         pooling: Pooling,
         borrows: bool = False,
+        satisfied_at: float | None = None,
     ) -> None:
         super().__init__()
         self.readout = readout
@@ -41,6 +44,7 @@ class FeedbackHead(nn.Module):
         self.alignment = alignment
         self.pooling = pooling
         self.borrows = borrows
+        self.satisfied_at = satisfied_at
 
     def messages(self, hidden: Tensor, targets: Targets) -> Messages:
         """Compute both messages.
@@ -54,8 +58,14 @@ class FeedbackHead(nn.Module):
         return Messages(forward if index_N is None else forward[index_N], self.feedback(targets), targets)
 
     def forward(self, hidden: Tensor, targets: Targets) -> Tensor:
-        """Return the loss of each target, (N,), in nats."""
-        return self.loss(self.messages(hidden, targets))
+        """Return the loss of each target, (N,), in nats; 0 without gradient where the target is satisfied."""
+        messages = self.messages(hidden, targets)
+        if self.satisfied_at is None:
+            return self.loss(messages)
+        logits_NC = self.loss.logits(messages)
+        return self.loss.of_logits(logits_NC, targets).masked_fill(
+            satisfied(logits_NC, targets, self.satisfied_at), 0.0
+        )
 
     def logits(self, hidden: Tensor, targets: Targets) -> Tensor:
         """Return what the block would predict for each target, (N, C)."""
