@@ -101,6 +101,12 @@ class Assembly:
         embedding = target_embedding(self.module.model)
         return with_candidates(targets, embedding, negatives=negatives, generator=generator)
 
+    def lower_weights(self) -> dict[str, nn.Parameter]:
+        """Return the trainable parameters of the model, by name, that belong to a block below the last."""
+        lower = {parameter for block in self.parameters[: self.last] for parameter in block}
+        named = self.module.model.named_parameters()
+        return {name: parameter for name, parameter in named if parameter in lower and parameter.requires_grad}
+
     def check_last_block_learns(self) -> None:
         """Refuse to train where the model's own loss has nothing to teach.
 

@@ -6,6 +6,7 @@ Plain values that go to JSON and back. Nothing here touches a model; what a valu
 from __future__ import annotations
 
 import json
+import math
 import os
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -83,6 +84,11 @@ class BlockLocalConfig:
     satisfied_at: float | None = _help(
         None, "Probability under a block's head from which on a target no longer teaches the block. Default: never."
     )
+    anchor: float = _help(
+        0.0,
+        "Pull of the weights below the last block towards where they started: after each step the learning rate times "
+        "this, times the distance, as AdamW decays weights. Keeps a copy of those weights.",
+    )
     head_warmup_steps: int = _help(
         0, "Optimizer steps at the start in which only the heads learn, and the last block, as it always does."
     )
@@ -137,6 +143,13 @@ class BlockLocalConfig:
             if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= 1:
                 raise ConfigError(f"{name} must be a number above 0 and at most 1, got {value!r}.")
             object.__setattr__(self, name, float(value))
+        if (
+            isinstance(self.anchor, bool)
+            or not isinstance(self.anchor, int | float)
+            or not 0 <= self.anchor < math.inf
+        ):
+            raise ConfigError(f"anchor must be a number of at least 0, got {self.anchor!r}.")
+        object.__setattr__(self, "anchor", float(self.anchor))
         margin = self.satisfied_at
         is_number = isinstance(margin, int | float) and not isinstance(margin, bool)
         if margin is not None and not (is_number and 0 < margin < 1):

@@ -39,6 +39,10 @@ class HeadsMismatchError(BlockLocalError, ValueError):
     """A file of feedback heads does not belong to this model or this cut. Nothing has been loaded."""
 
 
+class AnchorMismatchError(BlockLocalError, ValueError):
+    """A checkpoint does not say where the weights of its run started, or not of these weights. Nothing was loaded."""
+
+
 class NonFiniteLossError(BlockLocalError, RuntimeError):
     """The loss of one block became NaN or infinite. The block was not updated; its weights are still finite."""
 

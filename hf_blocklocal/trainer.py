@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import Trainer
-from transformers.modeling_outputs import SequenceClassifierOutput
 
+from hf_blocklocal.anchor import Anchor
 from hf_blocklocal.assembly import Assembly, assemble, check_structure
 from hf_blocklocal.checkpoint import FILES, load_heads_, save_heads
 from hf_blocklocal.compilation import layers_compiled
@@ -28,9 +28,9 @@ from hf_blocklocal.groups import factors_by_block, scale_learning_rates_
 from hf_blocklocal.meters import BlockLossMeter
 from hf_blocklocal.optim import add_heads_, check_steps_by_block
 from hf_blocklocal.probe import first_batch, random_state_kept, with_own_generators
+from hf_blocklocal.scaling import custom_loss, loss_scale
 from hf_blocklocal.settings import check_arguments, check_launcher, check_loss_settings, check_placement
 from hf_blocklocal.step import StepReport
-from hf_blocklocal.targets import Targets
 from hf_blocklocal.updates import BlockUpdates
 
 
@@ -67,6 +67,7 @@ class BlockLocalTrainer(Trainer):
     def __init__(self, *args: Any, block_local: BlockLocalConfig | None = None, **kwargs: Any) -> None:
         self.block_local = BlockLocalConfig() if block_local is None else block_local
         self._assembly: Assembly | None = None
+        self._anchor: Anchor | None = None
         self._scores: BlockScores | None = None
         super().__init__(*args, **kwargs)
         self._forget_run()
@@ -97,7 +98,7 @@ class BlockLocalTrainer(Trainer):
                     custom_loss=self.compute_loss_func is not None,
                     satisfied_at=self.block_local.satisfied_at,
                 )
-            self._assembly = assembly
+            self._assembly, self._anchor = assembly, None
             logger.info("Blocks of %s:\n%s", type(self.model).__name__, assembly.describe())
         return self._assembly
 
@@ -111,6 +112,14 @@ class BlockLocalTrainer(Trainer):
         collator = with_own_generators(self.data_collator)
         collate = self._get_collator_with_removed_columns(collator, description="traced")
         return self._prepare_inputs(first_batch(dataset, collate, min(2, self.args.per_device_train_batch_size)))
+
+    @property
+    def anchor(self) -> Anchor | None:
+        """Where the weights below the last block started, if they are pulled there; made when first asked for."""
+        assembly = self.assembly
+        if self._anchor is None and self.block_local.anchor > 0 and assembly.last > 0:
+            self._anchor = Anchor(assembly.lower_weights(), self.block_local.anchor)
+        return self._anchor
 
     # ---- Setting up ----
 
@@ -154,6 +163,8 @@ class BlockLocalTrainer(Trainer):
             self._forward = self.accelerator.prepare_model(self.model, evaluation_mode=True)
         if self.args.world_size > 1:
             broadcast_from_first([*module.parameters(), *module.buffers()])
+        if self.anchor is not None:
+            self.anchor.attach(self._inner_optimizer)
         return module
 
     # ---- One step ----
@@ -173,13 +184,21 @@ class BlockLocalTrainer(Trainer):
         targets = assembly.read_targets(inputs, seed=self._seed_of_micro_batch())
         if len(targets) == 0:
             return self._skip_batch()
+        processes = self.args.world_size if self.args.average_tokens_across_devices else 1
         lesson = assembly.step.teach(
             targets,
-            scale=self._loss_scale(targets, num_items_in_batch),
+            scale=loss_scale(
+                targets,
+                num_items_in_batch,
+                processes=processes,
+                accumulation_steps=self.current_gradient_accumulation_steps,
+            ),
             backward=self.accelerator.backward,
             learned=self._finish_block,
             inputs=inputs,
-            custom_loss=self._custom_loss(inputs["labels"], targets, num_items_in_batch),
+            custom_loss=custom_loss(
+                self.compute_loss_func, inputs["labels"], targets, num_items_in_batch, processes=processes
+            ),
             heads_only=self.state.global_step < self.block_local.head_warmup_steps,
         )
         with lesson as report:
@@ -196,35 +215,10 @@ class BlockLocalTrainer(Trainer):
         self._micro_batch = 0 if self.accelerator.sync_gradients else micro_batch + 1
         return self.args.seed, self.state.global_step, micro_batch, self.args.process_index
 
-    def _loss_scale(self, targets: Targets, num_items_in_batch: Any) -> Tensor | float:
-        """Return what a block's summed loss is multiplied with: as the parent scales the model's own."""
-        if num_items_in_batch is None:
-            return 1 / (targets.elements * self.current_gradient_accumulation_steps)
-        return self._processes_counted() / num_items_in_batch
-
-    def _processes_counted(self) -> int:
-        """Return over how many processes `num_items_in_batch` counts."""
-        return self.args.world_size if self.args.average_tokens_across_devices else 1
-
     def _items_for_model(self, num_items_in_batch: Any) -> Any:
         """Keep the count from a model that would ignore it, so that the parent averages over accumulation steps."""
         heeded = self.assembly.counts_items or self.compute_loss_func is not None or self.label_smoother is not None
         return num_items_in_batch if heeded else None
-
-    def _custom_loss(
-        self, labels: Tensor, targets: Targets, num_items_in_batch: Any
-    ) -> Callable[[Tensor], Tensor] | None:
-        """Return the user's loss as a function of a head's logits, scaled as the parent scales the model's own."""
-        if self.compute_loss_func is None:
-            return None
-        labels = labels[targets.samples_N]
-        scale = self._processes_counted() if num_items_in_batch is not None else 1
-
-        def custom_loss(logits_BC: Tensor) -> Tensor:
-            outputs = SequenceClassifierOutput(logits=logits_BC)
-            return scale * self.compute_loss_func(outputs, labels, num_items_in_batch=num_items_in_batch)
-
-        return custom_loss
 
     def _finish_block(self, block: int, report: StepReport) -> None:
         """Average the gradients of a block that has learned, and step it if it is to be stepped at once."""
@@ -312,6 +306,12 @@ class BlockLocalTrainer(Trainer):
             if self._assembly is not None:
                 save_heads(folder, heads=self._assembly.heads, cut=self._assembly.cut)
 
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        """Write where the weights started beside the optimizer, for a run that goes on from here."""
+        super()._save_optimizer_and_scheduler(output_dir)
+        if self.args.should_save and self.anchor is not None:
+            self.anchor.save(output_dir)
+
     def load_heads(self, folder: str) -> None:
         """Load the heads saved beside a model, so that an evaluation reports what each block would have predicted.
 
@@ -321,7 +321,9 @@ class BlockLocalTrainer(Trainer):
         load_heads_(self.assembly.heads, folder, cut=self.assembly.cut)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        """Load the heads before the model, so that a checkpoint of another cut changes nothing."""
+        """Load heads and anchor before the model, so that a checkpoint of another cut changes nothing."""
+        if self.anchor is not None:
+            self.anchor.load_(resume_from_checkpoint)
         self.load_heads(resume_from_checkpoint)
         super()._load_from_checkpoint(resume_from_checkpoint, model)
 

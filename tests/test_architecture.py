@@ -13,6 +13,7 @@ FLOORS = [
     ["errors"],
     [
         "anatomy",
+        "anchor",
         "compilation",
         "config",
         "data_parallel",
@@ -23,7 +24,7 @@ FLOORS = [
         "partition",
         "targets",
     ],
-    ["families", "sampling", "updates"],
+    ["families", "sampling", "scaling", "updates"],
     ["losses"],
     ["feedback"],
     ["blocks", "meters", "probe", "settings"],
@@ -37,7 +38,7 @@ FLOOR = {room: number for number, floor in enumerate(FLOORS) for room in floor}
 ALLOWED = {
     "accelerate": {"compilation", "trainer"},
     "torch.distributed": {"data_parallel"},
-    "transformers": {"anatomy", "settings", "trainer", "metrics"},
+    "transformers": {"anatomy", "scaling", "settings", "trainer", "metrics"},
     "datasets": {"metrics"},
     "evaluate": {"metrics"},
     "peft": set(),

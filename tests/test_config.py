@@ -26,6 +26,7 @@ CONFIGS = {
         negatives=None,
         step_per_block=True,
         block_lr_decay=0.5,
+        anchor=0.1,
         satisfied_at=0.9,
         head_warmup_steps=3,
         evaluate_blocks=False,
@@ -149,6 +150,10 @@ REFUSALS = {
     "a margin that nothing exceeds": (
         {"satisfied_at": 1.0},
         "satisfied_at must be a probability between 0 and 1, or left out; got 1.0.",
+    ),
+    "an anchor that pushes": (
+        {"anchor": -0.1},
+        "anchor must be a number of at least 0, got -0.1.",
     ),
     "a block that never learns": (
         {"block_lr_decay": 0},

@@ -1,0 +1,97 @@
+"""Pull the weights of a block towards where they started, apart from the gradient, as AdamW decays them to zero.
+
+After every step, `w <- w - lr * strength * (w - w0)`, with the learning rate of that step. The starting weights take
+as much memory as those that are pulled; a checkpoint keeps them, so that a resumed run is pulled to the same place.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from hf_blocklocal.errors import AnchorMismatchError, UnsupportedSettingError
+
+
+ANCHOR_NAME = "block_local_anchor.safetensors"
+
+
+class Anchor:
+    """The starting weights of some parameters, and the pull back to them.
+
+    Args:
+        parameters: The parameters to pull, by name, where they start.
+        strength: Factor of the pull beside the learning rate.
+    """
+
+    def __init__(self, parameters: Mapping[str, nn.Parameter], strength: float) -> None:
+        self.strength = strength
+        self._parameters = dict(parameters)
+        self._start = {name: parameter.detach().clone() for name, parameter in parameters.items()}
+        self._handle: RemovableHandle | None = None
+
+    def attach(self, optimizer: torch.optim.Optimizer) -> None:
+        """Pull after every step of an optimizer, and of no other any more.
+
+        Raises:
+            UnsupportedSettingError: If the optimizer has no learning rate per group, or keeps other weights than the
+                model's.
+        """
+        groups = optimizer.param_groups
+        if callable(getattr(optimizer, "train", None)) or any(group.get("lr") is None for group in groups):
+            raise UnsupportedSettingError(
+                f"anchor={self.strength} pulls by the learning rate of each parameter group, and "
+                f"{type(optimizer).__name__} has none or averages the weights itself. Choose another optimizer (for "
+                "Adafactor: relative_step=False and a learning rate), or leave anchor out."
+            )
+        if self._handle is not None:
+            self._handle.remove()
+        start = {self._parameters[name]: tensor for name, tensor in self._start.items()}
+
+        @torch.no_grad()
+        def pull(optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            # The groups are those of the step that was just taken, which may be of one block only.
+            for group in optimizer.param_groups:
+                for parameter in group["params"]:
+                    if parameter.grad is not None and parameter in start:
+                        difference = parameter - start[parameter]
+                        parameter.sub_(difference.mul_(float(group["lr"]) * self.strength))
+
+        self._handle = optimizer.register_step_post_hook(pull)
+
+    def save(self, save_directory: str | os.PathLike[str]) -> None:
+        """Write `block_local_anchor.safetensors` into a folder."""
+        save_file(
+            {name: tensor.contiguous() for name, tensor in self._start.items()}, Path(save_directory) / ANCHOR_NAME
+        )
+
+    def load_(self, save_directory: str | os.PathLike[str]) -> None:
+        """Read the starting weights of an earlier run from its checkpoint.
+
+        Raises:
+            AnchorMismatchError: If the file is missing or belongs to other parameters. Nothing has been loaded then.
+        """
+        path = Path(save_directory) / ANCHOR_NAME
+        if not path.is_file():
+            raise AnchorMismatchError(
+                f"{save_directory} holds no {ANCHOR_NAME}: that run had no anchor, or save_only_model=True, so it is "
+                "not known where its weights started. Resume with anchor=0, or train on from the model weights alone."
+            )
+        tensors: dict[str, Tensor] = load_file(path)
+        here = {name: tuple(tensor.shape) for name, tensor in self._start.items()}
+        there = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+        if here != there:
+            name = sorted(dict(here.items() ^ there.items()))[0]
+            raise AnchorMismatchError(
+                f"The starting weights in {path} do not fit: {name} has shape {there.get(name)} in the file and "
+                f"{here.get(name)} here (None: it is not there). Resume with the cut and the trainable parameters of "
+                "that run."
+            )
+        for name, tensor in tensors.items():
+            self._start[name].copy_(tensor)
