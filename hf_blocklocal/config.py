@@ -89,6 +89,12 @@ class BlockLocalConfig:
         "Pull of the weights below the last block towards where they started: after each step the learning rate times "
         "this, times the distance, as AdamW decays weights. Keeps a copy of those weights.",
     )
+    global_every: int | None = _help(
+        None,
+        "Every how many optimizer steps one is global: backpropagation through the whole model from its own loss. It "
+        "takes the memory of ordinary training. Default: none is.",
+    )
+    polish: float = _help(0.0, "Share of the run's optimizer steps, at its end, that are global.")
     head_warmup_steps: int = _help(
         0, "Optimizer steps at the start in which only the heads learn, and the last block, as it always does."
     )
@@ -119,10 +125,10 @@ class BlockLocalConfig:
                 raise ConfigError(f"{name}={value!r} is not known. Choose one of {list(choices)}.")
 
     def _check_numbers(self) -> None:
-        smallest = {"num_blocks": 1, "latent_dim": 1, "negatives": 1, "head_layers": 0, "head_warmup_steps": 0}
-        for name, least in smallest.items():
+        positive = dict.fromkeys(("num_blocks", "latent_dim", "negatives", "global_every"), 1)
+        for name, least in {**positive, "head_layers": 0, "head_warmup_steps": 0}.items():
             value = getattr(self, name)
-            if value is None and name == "negatives":
+            if value is None and name in ("negatives", "global_every"):
                 continue
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise ConfigError(f"{name} must be a whole number of at least {least}, got {value!r}.")
@@ -150,6 +156,9 @@ class BlockLocalConfig:
         ):
             raise ConfigError(f"anchor must be a number of at least 0, got {self.anchor!r}.")
         object.__setattr__(self, "anchor", float(self.anchor))
+        if isinstance(self.polish, bool) or not isinstance(self.polish, int | float) or not 0 <= self.polish <= 1:
+            raise ConfigError(f"polish must be a share between 0 and 1, got {self.polish!r}.")
+        object.__setattr__(self, "polish", float(self.polish))
         margin = self.satisfied_at
         is_number = isinstance(margin, int | float) and not isinstance(margin, bool)
         if margin is not None and not (is_number and 0 < margin < 1):

@@ -25,6 +25,20 @@ from hf_blocklocal.targets import IGNORED
 _SEARCHED = 64
 
 
+def dataset_to_trace(train: Any, evaluation: Any) -> Any:
+    """Choose the data set to take a batch from: that for training, else one of those for evaluation.
+
+    Raises:
+        TargetError: If there is none.
+    """
+    dataset = train if train is not None else evaluation
+    if isinstance(dataset, dict):
+        dataset = next(iter(dataset.values()))
+    if dataset is None:
+        raise TargetError("A model is traced before it is cut: pass a train_dataset or an eval_dataset.")
+    return dataset
+
+
 def first_batch(dataset: Any, collate: Callable[[list[Any]], Mapping[str, Any]], size: int) -> Mapping[str, Any]:
     """Collate the first examples of a data set that have a label.
 

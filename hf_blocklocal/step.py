@@ -28,9 +28,11 @@ class StepReport:
 
     Attributes:
         losses: Loss of each block that has learned so far, detached, scaled as it was sent back.
+        first: The block that the first of them is of: in a global step only the last block has one.
     """
 
     losses: list[Tensor] = field(default_factory=list)
+    first: int = 0
 
     def check_finite(self, step: int) -> None:
         """Stop before a loss that is not a number reaches a weight.
@@ -44,11 +46,12 @@ class StepReport:
         device = self.losses[-1].device
         finite = torch.stack([loss.float().to(device) for loss in self.losses]).isfinite().tolist()
         if not all(finite):
-            block = finite.index(False)
+            index = finite.index(False)
             raise NonFiniteLossError(
-                f"The loss of block {block} is {self.losses[block].item()} at step {step}. No weight has been touched "
-                "by it: those of this block are as after its last step, and finite. Look at the data of this batch, "
-                "lower the learning rate, or use bf16 instead of fp16; then resume from the last checkpoint."
+                f"The loss of block {self.first + index} is {self.losses[index].item()} at step {step}. No weight "
+                "has been touched by it: those of this block are as after its last step, and finite. Look at the "
+                "data of this batch, lower the learning rate, or use bf16 instead of fp16; then resume from the "
+                "last checkpoint."
             )
 
 

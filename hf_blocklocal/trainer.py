@@ -22,12 +22,12 @@ from hf_blocklocal.checkpoint import FILES, load_heads_, save_heads
 from hf_blocklocal.compilation import layers_compiled
 from hf_blocklocal.config import BlockLocalConfig
 from hf_blocklocal.data_parallel import broadcast_from_first
-from hf_blocklocal.errors import TargetError
 from hf_blocklocal.evaluation import BlockScores
 from hf_blocklocal.groups import factors_by_block, scale_learning_rates_
 from hf_blocklocal.meters import BlockLossMeter
 from hf_blocklocal.optim import add_heads_, check_steps_by_block
-from hf_blocklocal.probe import first_batch, random_state_kept, with_own_generators
+from hf_blocklocal.polish import is_global
+from hf_blocklocal.probe import dataset_to_trace, first_batch, random_state_kept, with_own_generators
 from hf_blocklocal.scaling import custom_loss, loss_scale
 from hf_blocklocal.settings import check_arguments, check_launcher, check_loss_settings, check_placement
 from hf_blocklocal.step import StepReport
@@ -104,11 +104,7 @@ class BlockLocalTrainer(Trainer):
 
     def _first_batch(self) -> Mapping[str, Any]:
         """Collate the first examples as the data loader would."""
-        dataset = self.train_dataset if self.train_dataset is not None else self.eval_dataset
-        if isinstance(dataset, dict):
-            dataset = next(iter(dataset.values()))
-        if dataset is None:
-            raise TargetError("A model is traced before it is cut: pass a train_dataset or an eval_dataset.")
+        dataset = dataset_to_trace(self.train_dataset, self.eval_dataset)
         collator = with_own_generators(self.data_collator)
         collate = self._get_collator_with_removed_columns(collator, description="traced")
         return self._prepare_inputs(first_batch(dataset, collate, min(2, self.args.per_device_train_batch_size)))
@@ -182,8 +178,11 @@ class BlockLocalTrainer(Trainer):
             return loss
         assembly, inputs = self.assembly, self._prepare_inputs(inputs)
         targets = assembly.read_targets(inputs, seed=self._seed_of_micro_batch())
+        in_global_step = is_global(self.state.global_step, self.state.max_steps, self.block_local)
         if len(targets) == 0:
-            return self._skip_batch()
+            return self._skip_batch(in_global_step=in_global_step)
+        if in_global_step:
+            return self._global_step(inputs, num_items_in_batch)
         processes = self.args.world_size if self.args.average_tokens_across_devices else 1
         lesson = assembly.step.teach(
             targets,
@@ -207,6 +206,15 @@ class BlockLocalTrainer(Trainer):
         report.check_finite(self.state.global_step + 1)
         self._finish_block(assembly.last, report)
         self._meter.add(report.losses, completes_step=self.accelerator.sync_gradients)
+        return loss
+
+    def _global_step(self, inputs: dict[str, Any], num_items_in_batch: Any) -> Tensor:
+        """Let all blocks learn from the model's own loss, as the parent does."""
+        loss = super().training_step(self._forward, inputs, self._items_for_model(num_items_in_batch))
+        StepReport([loss], first=self.assembly.last).check_finite(self.state.global_step + 1)
+        if self.accelerator.sync_gradients:
+            self._updates.average(*self.assembly.parameters, wait=True)
+        self._meter.add_global(loss, completes_step=self.accelerator.sync_gradients)
         return loss
 
     def _seed_of_micro_batch(self) -> tuple[int, ...]:
@@ -236,9 +244,9 @@ class BlockLocalTrainer(Trainer):
                 step=self.state.global_step + 1,
             )
 
-    def _skip_batch(self) -> Tensor:
+    def _skip_batch(self, *, in_global_step: bool) -> Tensor:
         """Learn nothing from a micro-batch without targets, but keep the other processes company."""
-        self._meter.skip(completes_step=self.accelerator.sync_gradients)
+        self._meter.skip(completes_step=self.accelerator.sync_gradients, in_global_step=in_global_step)
         if self.accelerator.sync_gradients:
             if self.accelerator.scaler is not None:  # it must have seen a gradient when it steps
                 trainable = (p for p in self.assembly.parameters[self.assembly.last] if p.requires_grad)

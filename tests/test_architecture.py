@@ -24,7 +24,7 @@ FLOORS = [
         "partition",
         "targets",
     ],
-    ["families", "sampling", "scaling", "updates"],
+    ["families", "polish", "sampling", "scaling", "updates"],
     ["losses"],
     ["feedback"],
     ["blocks", "meters", "probe", "settings"],

@@ -26,6 +26,8 @@ CONFIGS = {
         negatives=None,
         step_per_block=True,
         block_lr_decay=0.5,
+        global_every=10,
+        polish=0.1,
         anchor=0.1,
         satisfied_at=0.9,
         head_warmup_steps=3,
@@ -154,6 +156,14 @@ REFUSALS = {
     "an anchor that pushes": (
         {"anchor": -0.1},
         "anchor must be a number of at least 0, got -0.1.",
+    ),
+    "a global step every zero steps": (
+        {"global_every": 0},
+        "global_every must be a whole number of at least 1, got 0.",
+    ),
+    "more polish than there is a run": (
+        {"polish": 1.5},
+        "polish must be a share between 0 and 1, got 1.5.",
     ),
     "a block that never learns": (
         {"block_lr_decay": 0},

@@ -54,6 +54,24 @@ def test_skipped_micro_batches_are_counted_and_complete_their_steps():
     assert pop(meter) == {"block_0/loss": 1.5, "block_1/loss": 3.0, "skipped_batches": 2}
 
 
+def test_the_last_block_is_averaged_over_all_steps_and_the_others_over_those_they_had():
+    meter = BlockLossMeter()
+    meter.add(losses(1.0, 2.0), completes_step=True)
+    meter.add(losses(3.0, 2.0), completes_step=True)
+    meter.add_global(torch.tensor(4.0), completes_step=False)
+    meter.add_global(torch.tensor(4.0), completes_step=True)
+    assert pop(meter) == {"block_0/loss": 2.0, "block_1/loss": 4.0}
+    meter.add(losses(1.0, 2.0), completes_step=True)
+    assert pop(meter) == {"block_0/loss": 1.0, "block_1/loss": 2.0}
+
+
+def test_blocks_that_had_no_loss_are_left_out():
+    meter = BlockLossMeter()
+    meter.add_global(torch.tensor(4.0), completes_step=True)
+    meter.skip(completes_step=True, in_global_step=True)
+    assert pop(meter, 3) == {"block_2/loss": 2.0, "skipped_batches": 1}
+
+
 @pytest.mark.parametrize("skipped", [0, 1])
 def test_nothing_is_said_of_skipping_where_nothing_was_skipped(skipped):
     meter = BlockLossMeter()
