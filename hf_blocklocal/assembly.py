@@ -204,7 +204,7 @@ def assemble(
         cut=cut,
         module=module,
         parameters=_by_block(module, owners, cut.num_blocks),
-        step=LocalStep(boundaries, module.heads, router_loss=router_loss, shortcut=shortcut),
+        step=LocalStep(boundaries, module.heads, router_loss=router_loss, shortcut=shortcut, overlap=config.overlap),
         counts_items=trace.counts_items,
     )
 

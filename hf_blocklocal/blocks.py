@@ -19,8 +19,11 @@ from hf_blocklocal.errors import BoundaryNotReachedError
 from hf_blocklocal.partition import Span
 
 
-Leave = Callable[[int, Tensor, tuple[Tensor, ...]], None]
-"""Called with the block that ends, its hidden state, and the logits of its routers, all still carrying gradient."""
+Leave = Callable[[int, Tensor, tuple[Tensor, ...]], Tensor | None]
+"""Called with the block that ends, its hidden state, and the logits of its routers, all still carrying gradient.
+
+Returns what is handed on in place of the hidden state; nothing for the hidden state itself, detached.
+"""
 
 
 @dataclass(frozen=True)
@@ -166,14 +169,17 @@ class _Visit:
             if self.suspended:
                 return output
             self._leaving = True
-            self._leave(block, first_tensor(output), tuple(self._router_logits))
+            hidden = first_tensor(output)
+            handed_on = self._leave(block, hidden, tuple(self._router_logits))
             self._leaving = False
             self._left.append(block)
             for logits in self._router_logits:
                 logits.detach_()
             self._router_logits.clear()
             self._made_here.clear()
-            return map_tensors(output, Tensor.detach)
+            return map_tensors(
+                output, lambda tensor: handed_on if handed_on is not None and tensor is hidden else tensor.detach()
+            )
 
         return hook
 

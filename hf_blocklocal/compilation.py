@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -10,17 +10,31 @@ import torch
 from accelerate.utils import DynamoBackend
 from torch import nn
 
+from hf_blocklocal.errors import UnsupportedSettingError
+
 
 @contextmanager
-def layers_compiled(layers: Iterable[nn.Module], plugin: Any) -> Iterator[None]:
+def layers_compiled(layers: Sequence[nn.Module], plugin: Any, *, overlap: int) -> Iterator[None]:
     """Compile layers as accelerate would compile the model, and keep it from doing that inside the `with`.
 
     Args:
-        layers: The layers.
+        layers: The layers; without any, as with a single block, nothing is changed.
         plugin: accelerate's settings for `torch.compile`.
+        overlap: How many blocks below its own a loss reaches.
+
+    Raises:
+        UnsupportedSettingError: If layers are to be compiled and to be gone through backwards more than once.
     """
+    if not layers:
+        yield
+        return
     backend = plugin.backend
     if backend != DynamoBackend.NO:
+        if overlap > 0:
+            raise UnsupportedSettingError(
+                f"overlap={overlap} and torch_compile exclude each other: a compiled layer frees what its backward "
+                "pass needs in the first one, and with overlap there are several. Leave one of the two out."
+            )
         for layer in layers:
             if "forward" not in vars(layer):
                 layer.forward = torch.compile(layer.forward, **plugin.to_kwargs())

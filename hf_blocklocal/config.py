@@ -21,6 +21,8 @@ DEFAULT_BLOCKS = 2
 PRESETS: dict[str, dict[str, Any]] = {
     # Nokland & Eidnes (2019), arXiv 1901.06656: a linear classifier on the output of each block.
     "pred": {"feedback": "label", "loss": "agreement"},
+    # Gomez et al. (2020), arXiv 2010.04116: the same, and the loss of a block teaches the block below it too.
+    "interlocking": {"overlap": 1, "feedback": "label", "loss": "agreement"},
     # One block: exactly the plain Trainer.
     "backprop": {"num_blocks": 1},
 }
@@ -68,6 +70,11 @@ class BlockLocalConfig:
         0,
         "Layers above a block that its head borrows, evenly spread, live and read-only, with the model's own task "
         "head. 0 is a light linear readout; all of them give the very gradient of backpropagation.",
+    )
+    overlap: int = _help(
+        0,
+        "Blocks below its own that the loss of a block teaches too. The activations of that many blocks more are kept "
+        "until it has.",
     )
     pooling: Literal["mean", "first", "last"] = _help(
         "mean", "How a linear readout pools the sequence where the target belongs to the whole sample."
@@ -126,7 +133,7 @@ class BlockLocalConfig:
 
     def _check_numbers(self) -> None:
         positive = dict.fromkeys(("num_blocks", "latent_dim", "negatives", "global_every"), 1)
-        for name, least in {**positive, "head_layers": 0, "head_warmup_steps": 0}.items():
+        for name, least in {**positive, "head_layers": 0, "overlap": 0, "head_warmup_steps": 0}.items():
             value = getattr(self, name)
             if value is None and name in ("negatives", "global_every"):
                 continue
@@ -192,7 +199,8 @@ class BlockLocalConfig:
         """Make a configuration from a named one.
 
         Args:
-            name: `"pred"`, a linear classifier on every block, or `"backprop"`, a single block.
+            name: `"pred"`, a linear classifier on every block; `"interlocking"`, the same with overlap; or
+                `"backprop"`, a single block.
             **overrides: Fields to set on top of the preset.
 
         Raises:

@@ -47,5 +47,9 @@ class NonFiniteLossError(BlockLocalError, RuntimeError):
     """The loss of one block became NaN or infinite. The block was not updated; its weights are still finite."""
 
 
+class LossNotSentBackError(BlockLocalError, RuntimeError):
+    """The last block's loss was not sent back where blocks below it wait for it. Send it back inside the step."""
+
+
 class BoundaryNotReachedError(BlockLocalError, RuntimeError):
     """A forward pass ended without running the last layer of a block, so the block could not learn."""

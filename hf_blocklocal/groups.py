@@ -49,10 +49,7 @@ def scale_learning_rates_(
             schedule already.
     """
     groups = optimizer.param_groups
-    trainable = [factors.get(parameter, 1.0) for group in groups for parameter in group["params"]]
-    if all(factor == 1.0 for factor in trainable) and groups:
-        return
-    if any(_FACTOR in group for group in groups):
+    if all(factor == 1 for factor in factors.values()) or any(_FACTOR in group for group in groups):
         return
     name = type(optimizer).__name__
     if not groups or any(group.get("lr") is None for group in groups):

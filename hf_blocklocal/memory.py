@@ -46,7 +46,8 @@ class _Saved:
     __slots__ = ("_key", "_ledger", "tensor")
 
     def __init__(self, tensor: Tensor, ledger: _Ledger) -> None:
-        self.tensor = tensor
+        # Without its history: an operation that saves its own result would keep itself alive.
+        self.tensor = tensor.detach()
         self._ledger = ledger
         self._key = _storage_key(tensor)
         ledger.hold(self._key, tensor.untyped_storage().nbytes())

@@ -18,6 +18,7 @@ from hf_blocklocal.anatomy import RouterLoss, outputs_not_recorded
 from hf_blocklocal.blocks import Boundaries
 from hf_blocklocal.errors import NonFiniteLossError
 from hf_blocklocal.feedback import FeedbackHead
+from hf_blocklocal.overlap import Interlock
 from hf_blocklocal.shortcut import Shortcut
 from hf_blocklocal.targets import Targets
 
@@ -63,6 +64,7 @@ class LocalStep:
         heads: The feedback head of every block but the last.
         router_loss: Load-balancing loss of a mixture of experts, if the model adds one.
         shortcut: The way to the model's logits, for heads that borrow layers.
+        overlap: How many blocks below its own a loss reaches.
     """
 
     def __init__(
@@ -72,11 +74,13 @@ class LocalStep:
         *,
         router_loss: RouterLoss | None = None,
         shortcut: Shortcut | None = None,
+        overlap: int = 0,
     ) -> None:
         self.boundaries = boundaries
         self.heads = heads
         self.router_loss = router_loss
         self.shortcut = shortcut
+        self.overlap = overlap
 
     @contextmanager
     def teach(
@@ -84,7 +88,7 @@ class LocalStep:
         targets: Targets | None,
         *,
         scale: Tensor | float,
-        backward: Callable[[Tensor], None],
+        backward: Callable[..., None],
         learned: Callable[[int, StepReport], None],
         inputs: Mapping[str, Any] | None = None,
         custom_loss: Callable[[Tensor], Tensor] | None = None,
@@ -97,7 +101,7 @@ class LocalStep:
         Args:
             targets: Targets of this micro-batch; None with a single block.
             scale: What the sum of the losses of all targets is multiplied with.
-            backward: Runs a backward pass from a loss.
+            backward: Runs a backward pass from a loss; with overlap, `retain_graph` is passed on.
             learned: Called with a block, and the report so far, when its gradients are complete.
             inputs: The model's inputs, for heads that borrow layers.
             custom_loss: Maps the logits (B, C) that a head predicts to a loss, in place of the head's own.
@@ -108,7 +112,10 @@ class LocalStep:
         """
         report = StepReport()
 
-        def leave(block: int, hidden: Tensor, router_logits: tuple[Tensor, ...]) -> None:
+        last = self.boundaries.cut.num_blocks - 1
+        interlock = Interlock(0 if heads_only else self.overlap, last)
+
+        def learn(block: int, hidden: Tensor, router_logits: tuple[Tensor, ...]) -> None:
             head = self.heads[block]
             if heads_only:
                 hidden, router_logits = hidden.detach(), tuple(logits.detach() for logits in router_logits)
@@ -122,14 +129,26 @@ class LocalStep:
                 report.losses.append(loss.detach())
                 if loss.requires_grad:
                     with torch.autocast(hidden.device.type, enabled=False):
-                        backward(loss)
+                        backward(loss, **({"retain_graph": True} if interlock.overlap > 0 else {}))
             if torch.is_autocast_enabled(hidden.device.type):
                 # The copies of this block's weights in low precision would live until the whole forward ends.
                 torch.clear_autocast_cache()
-            learned(block, report)
+
+        def send_back(block: int) -> None:
+            with outputs_not_recorded():
+                complete = interlock.send_back(block)
+            for lower in complete:
+                learned(lower, report)
+
+        def leave(block: int, hidden: Tensor, router_logits: tuple[Tensor, ...]) -> Tensor | None:
+            learn(block, hidden, router_logits)
+            handed_on = interlock.hand_on(block, hidden)
+            send_back(block)
+            return handed_on
 
         with self.boundaries.attached(leave):
             yield report
+            send_back(last)
 
     def seen_by_head(self, block: int, hidden: Tensor, inputs: Mapping[str, Any] | None) -> Tensor:
         """Return what a head is given: the block's output, or the logits that borrowed layers make of it."""

@@ -8,7 +8,6 @@ from __future__ import annotations
 import logging
 import shutil
 from collections.abc import Mapping
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +28,12 @@ from hf_blocklocal.optim import add_heads_, check_steps_by_block
 from hf_blocklocal.polish import is_global
 from hf_blocklocal.probe import dataset_to_trace, first_batch, random_state_kept, with_own_generators
 from hf_blocklocal.scaling import custom_loss, loss_scale
-from hf_blocklocal.settings import check_arguments, check_launcher, check_loss_settings, check_placement
+from hf_blocklocal.settings import (
+    check_arguments,
+    check_launcher,
+    check_loss_settings,
+    check_placement,
+)
 from hf_blocklocal.step import StepReport
 from hf_blocklocal.updates import BlockUpdates
 
@@ -134,9 +138,8 @@ class BlockLocalTrainer(Trainer):
         optimizer = super().create_optimizer(self.assembly.module)
         if given is not None:
             add_heads_(given, list(self.assembly.heads.parameters()), has_schedule=has_schedule)
-        if self.block_local.block_lr_decay != 1:
-            factors = factors_by_block(self.assembly.parameters, self.block_local.block_lr_decay)
-            scale_learning_rates_(self._inner_optimizer, factors, option="block_lr_decay", has_schedule=has_schedule)
+        factors = factors_by_block(self.assembly.parameters, self.block_local.block_lr_decay)
+        scale_learning_rates_(self._inner_optimizer, factors, option="block_lr_decay", has_schedule=has_schedule)
         if self.block_local.step_per_block and self.assembly.last > 0:
             check_steps_by_block(self._inner_optimizer)
         return optimizer
@@ -154,8 +157,7 @@ class BlockLocalTrainer(Trainer):
         self.assembly.check_last_block_learns()
         module = self.assembly.module
         layers = [self.model.get_submodule(path) for path in self.assembly.cut.layers]
-        plugin = self.accelerator.state.dynamo_plugin
-        with layers_compiled(layers, plugin) if self.assembly.last > 0 else nullcontext():
+        with layers_compiled(layers, self.accelerator.state.dynamo_plugin, overlap=self.block_local.overlap):
             self._forward = self.accelerator.prepare_model(self.model, evaluation_mode=True)
         if self.args.world_size > 1:
             broadcast_from_first([*module.parameters(), *module.buffers()])
@@ -235,14 +237,9 @@ class BlockLocalTrainer(Trainer):
         parameters, at_once = self.assembly.parameters[block], self.block_local.step_per_block
         self._updates.average(parameters, wait=block == self.assembly.last or at_once)
         if block < self.assembly.last and at_once:
-            report.check_finite(self.state.global_step + 1)
-            self._updates.step_(
-                block,
-                parameters,
-                self._inner_optimizer,
-                max_norm=self.args.max_grad_norm or float("inf"),
-                step=self.state.global_step + 1,
-            )
+            step, max_norm = self.state.global_step + 1, self.args.max_grad_norm or float("inf")
+            report.check_finite(step)
+            self._updates.step_(block, parameters, self._inner_optimizer, max_norm=max_norm, step=step)
 
     def _skip_batch(self, *, in_global_step: bool) -> Tensor:
         """Learn nothing from a micro-batch without targets, but keep the other processes company."""
@@ -265,11 +262,8 @@ class BlockLocalTrainer(Trainer):
     def _clip_blocks(self, max_norm: float) -> Tensor:
         self.accelerator.unscale_gradients()
         checked = self.assembly.last > 0 and self.accelerator.scaler is None
-        return self._updates.clip_(
-            self.assembly.parameters,
-            max_norm=max_norm,
-            checked_step=self.state.global_step + 1 if checked else None,
-        )
+        step = self.state.global_step + 1 if checked else None
+        return self._updates.clip_(self.assembly.parameters, max_norm=max_norm, checked_step=step)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Add the loss of every block to the training logs."""

@@ -21,6 +21,7 @@ FLOORS = [
         "memory",
         "metrics",
         "optim",
+        "overlap",
         "partition",
         "targets",
     ],

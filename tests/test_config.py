@@ -26,6 +26,7 @@ CONFIGS = {
         negatives=None,
         step_per_block=True,
         block_lr_decay=0.5,
+        overlap=1,
         global_every=10,
         polish=0.1,
         anchor=0.1,
@@ -165,6 +166,10 @@ REFUSALS = {
         {"polish": 1.5},
         "polish must be a share between 0 and 1, got 1.5.",
     ),
+    "an overlap with blocks above": (
+        {"overlap": -1},
+        "overlap must be a whole number of at least 0, got -1.",
+    ),
     "a block that never learns": (
         {"block_lr_decay": 0},
         "block_lr_decay must be a number above 0 and at most 1, got 0.",
@@ -225,6 +230,8 @@ def test_the_presets_are_what_their_papers_say():
     pred = BlockLocalConfig.from_preset("pred")
     assert (pred.feedback, pred.loss, pred.num_blocks) == ("label", "agreement", 2)
     assert BlockLocalConfig.from_preset("backprop").num_blocks == 1
+    interlocking = BlockLocalConfig.from_preset("interlocking")
+    assert (interlocking.feedback, interlocking.loss, interlocking.overlap) == ("label", "agreement", 1)
 
 
 def test_what_is_asked_for_wins_over_the_preset():
@@ -241,7 +248,7 @@ def test_a_preset_takes_no_unknown_option():
 def test_an_unknown_preset_is_refused_beside_the_known_ones():
     with pytest.raises(ConfigError) as error:
         BlockLocalConfig.from_preset("dgl")
-    assert str(error.value) == "There is no preset 'dgl'. Choose one of ['backprop', 'pred']."
+    assert str(error.value) == "There is no preset 'dgl'. Choose one of ['backprop', 'interlocking', 'pred']."
 
 
 def test_every_field_carries_its_help_once():
