@@ -56,6 +56,7 @@ class BlockLocalTrainer(Trainer):
     - A loss or gradient that is not finite stops the run before it touches a weight; gradients in fp16 are left to the
       loss scaler.
     - A `compute_loss_func` teaches the heads too, where a sample has one target; `eval_block_k_loss` stays their own.
+    - With `global_every` or `polish`, some steps are backpropagation; `block_k/loss` is over the others.
     - Without `accelerate launch`, one GPU is used: there is no `DataParallel`.
 
     Args:

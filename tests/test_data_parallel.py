@@ -40,6 +40,8 @@ def launched(arguments):
     [
         ("bert", ["num_blocks=2"]),
         ("bert", ["num_blocks=4", "step_per_block=true"]),
+        ("bert", ["num_blocks=4", "step_per_block=true", "overlap=1", "global_every=3", "head_warmup_steps=1"]),
+        ("bert", ["num_blocks=2", "anchor=2.0", "block_lr_decay=0.5", "global_every=2"]),
         ("gpt2", ["num_blocks=2", "negatives=null"]),
         ("llama", ["num_blocks=1"]),
     ],

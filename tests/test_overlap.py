@@ -214,11 +214,6 @@ def test_activations_of_as_many_blocks_are_kept_as_overlap():
 def test_a_layer_may_change_its_input_in_place():
     assembly, model, batch = assembled("vit", 1)
     expected = local_gradients(assembly, model, batch)
-    for path in assembly.cut.layers[1:]:
-        model.get_submodule(path).register_forward_pre_hook(lambda layer, args: args[0].mul_(1.0) and None)
-    with pytest.raises(RuntimeError, match="Boolean"):
-        local_gradients(assembly, model, batch)
-    assembly, model, batch = assembled("vit", 1)
 
     def change(layer, args):
         args[0].mul_(1.0)
