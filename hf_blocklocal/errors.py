@@ -52,4 +52,4 @@ class MissingExtraError(BlockLocalError, ImportError):
 
 
 class NothingToDrawError(BlockLocalError, ValueError):
-    """A folder holds no run, or one whose history has nothing to draw. Name another folder, or train with callbacks."""
+    """A folder holds no run, or one with nothing to draw. Name another folder, or train with logs or callbacks."""
