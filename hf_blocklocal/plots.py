@@ -82,14 +82,14 @@ PICTURES = (
         "loss",
         "What each block learns from",
         "Training loss of each block, on the batches it has just seen. The last block has the model's own.",
-        "loss (nats)",
+        "loss",
         r"block_(?P<block>\d+)/loss",
     ),
     Picture(
         "evaluation_loss",
         "Loss on the evaluation set",
         "What the model would lose if it ended after a block, as the head of that block predicts.",
-        "loss (nats)",
+        "loss",
         r"eval_(?P<set>.+_)?block_(?P<block>\d+)_loss",
         model="eval_{set}loss",
     ),
@@ -273,6 +273,7 @@ def _canvas(picture: Picture, title: str, x_label: str) -> tuple[Any, Any]:
     matplotlib = optional("matplotlib", extra="plots")
     with matplotlib.rc_context(STYLE):
         figure = optional("matplotlib.figure", extra="plots").Figure(figsize=(8, 4.6), layout="constrained")
+        figure.get_layout_engine().set(w_pad=0.15, h_pad=0.15)
         axes = figure.add_subplot()
         axes.set_title(title, pad=26)
         axes.text(0, 1.03, picture.reading, transform=axes.transAxes, fontsize=9.5, color=GREY, va="bottom")
@@ -286,11 +287,14 @@ def _finish(axes: Any, picture: Picture, ends: Sequence[tuple[Curve, str, Any]])
     """Scale the y axis and write the name of each line beside its end."""
     if picture.target is not None:
         axes.axhline(picture.target, color=GREY, linestyle=(0, (4, 3)), linewidth=1.2, zorder=1)
+    ticker = optional("matplotlib.ticker", extra="plots")
     if picture.log:
         axes.set_yscale("log")
+        axes.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        axes.yaxis.set_minor_locator(ticker.NullLocator())
     if picture.percent:
-        ticker = optional("matplotlib.ticker", extra="plots")
-        axes.yaxis.set_major_formatter(ticker.PercentFormatter(1, decimals=None))
+        axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:.6g} %")
     axes.margins(x=0.02, y=0.08)
     axes.autoscale_view()
     scale = axes.transScale + axes.transLimits

