@@ -287,10 +287,16 @@ def _finish(axes: Any, picture: Picture, ends: Sequence[tuple[Curve, str, Any]])
     """Scale the y axis and write the name of each line beside its end."""
     if picture.target is not None:
         axes.axhline(picture.target, color=GREY, linestyle=(0, (4, 3)), linewidth=1.2, zorder=1)
+        if not picture.log:  # so that runs look alike where they are alike
+            axes.axhline(0, color=GREY, linestyle=":", linewidth=1.2, zorder=1)
     ticker = optional("matplotlib.ticker", extra="plots")
     if picture.log:
+        values = [abs(value) for curve, _, _ in ends for value in curve.values() if value]
+        narrow = max(values) < 5 * min(values)
         axes.set_yscale("log")
-        axes.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_locator(
+            ticker.MaxNLocator(6, steps=[1, 2, 5, 10]) if narrow else ticker.LogLocator(subs=(1, 2, 5))
+        )
         axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
         axes.yaxis.set_minor_locator(ticker.NullLocator())
     if picture.percent:

@@ -122,6 +122,13 @@ def test_blocks_keep_their_colour_from_figure_to_figure():
     assert colours[0][0] != colours[0][1]
 
 
+@pytest.mark.parametrize("ratio", [1.3, 4.0, 30.0, 0.01])
+def test_a_ratio_has_several_numbers_at_its_axis(ratio):
+    axes = draw([{"norm_ratio/block_0": ratio, "norm_ratio/block_1": 1.0, "step": 0}])["norm_ratio"].axes[0]
+    low, high = axes.get_ylim()
+    assert sum(low <= tick <= high for tick in axes.get_yticks()) >= 3
+
+
 def test_a_run_of_a_single_block_shows_the_loss_of_the_model():
     figures = draw([{"loss": 2.0, "step": 1}, {"loss": 1.0, "step": 2}, {"drift/block_0": 0.1, "step": 2}])
     assert figures.keys() == {"loss", "drift"}
