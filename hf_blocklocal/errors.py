@@ -53,3 +53,11 @@ class LossNotSentBackError(BlockLocalError, RuntimeError):
 
 class BoundaryNotReachedError(BlockLocalError, RuntimeError):
     """A forward pass ended without running the last layer of a block, so the block could not learn."""
+
+
+class MissingExtraError(BlockLocalError, ImportError):
+    """A library that only some users need is not installed. Run the command in the message."""
+
+
+class NothingToDrawError(BlockLocalError, ValueError):
+    """A folder holds no run, or one with nothing to draw. Name another folder, or train with logs or callbacks."""

@@ -3,6 +3,8 @@
 One process:   python scripts/train.py configs/train/quickstart.yaml
 Two GPUs:      accelerate launch --num_processes 2 scripts/train.py configs/train/quickstart.yaml
 Other values:  python scripts/train.py configs/train/quickstart.yaml block_local.num_blocks=2 training.seed=1
+With a look at gradients, probes and drift of every block each 10 steps, for scripts/plot.py:
+               python scripts/train.py configs/train/quickstart.yaml diagnostics=10
 """
 
 from __future__ import annotations
@@ -41,6 +43,7 @@ class Run:
     train_samples: int | None = None
     test_samples: int | None = None
     baseline: bool = False
+    diagnostics: int | None = None
     examples: list[str] = field(default_factory=list)
     block_local: dict[str, Any] = field(default_factory=dict)
     training: dict[str, Any] = field(default_factory=dict)
@@ -148,15 +151,26 @@ def train(run: Run, block_local: BlockLocalConfig | None) -> tuple[Outcome, Trai
         "compute_metrics": accuracy_of_logits(),
     }
     trainer = Trainer(**common) if block_local is None else BlockLocalTrainer(**common, block_local=block_local)
+    if block_local is not None and run.diagnostics is not None:
+        add_diagnostics(trainer, every=run.diagnostics)
     start = time.perf_counter()
     trainer.train()
     seconds = time.perf_counter() - start
     metrics = trainer.evaluate()
     trainer.save_model()
+    trainer.save_state()
     name = "plain Trainer" if block_local is None else f"block-local, {block_local.num_blocks} blocks"
     if block_local is not None and block_local.head_layers:
         name += f", head_layers={block_local.head_layers}"
     return Outcome(name, metrics, seconds, peak_activation_bytes(trainer)), trainer
+
+
+def add_diagnostics(trainer: Trainer, *, every: int) -> None:
+    """Look at every block as training goes on; the numbers go to the logs and to `trainer_state.json`."""
+    from hf_blocklocal.callbacks import DriftCallback, GradientAlignmentCallback, LinearProbeCallback
+
+    for kind in (GradientAlignmentCallback, LinearProbeCallback, DriftCallback):
+        trainer.add_callback(kind(trainer, every=every))
 
 
 def peak_activation_bytes(trainer: Trainer) -> int:
@@ -227,6 +241,7 @@ def show(run: Run, cut: str, outcomes: Sequence[Outcome], folder: str) -> None:
         guess = classify(text)[0]
         print(f"{guess['label']} ({guess['score']:.2f}): {text}")
     print(f"\nSaved in {folder}: an ordinary transformers checkpoint, and the heads beside it.")
+    print(f"Curves of every block: python scripts/plot.py {folder}")
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ FLOORS = [
         "compilation",
         "config",
         "data_parallel",
+        "extras",
         "groups",
         "memory",
         "metrics",
@@ -28,22 +29,23 @@ FLOORS = [
     ["families", "polish", "sampling", "scaling", "updates"],
     ["losses"],
     ["feedback"],
-    ["blocks", "meters", "probe", "settings"],
+    ["blocks", "meters", "plots", "probe", "settings"],
     ["checkpoint", "shortcut", "trace"],
     ["step"],
     ["evaluation"],
     ["assembly"],
+    ["callbacks"],
     ["trainer"],
 ]
 FLOOR = {room: number for number, floor in enumerate(FLOORS) for room in floor}
 ALLOWED = {
     "accelerate": {"compilation", "trainer"},
     "torch.distributed": {"data_parallel"},
-    "transformers": {"anatomy", "scaling", "settings", "trainer", "metrics"},
+    "transformers": {"anatomy", "callbacks", "scaling", "settings", "trainer", "metrics"},
     "datasets": {"metrics"},
     "evaluate": {"metrics"},
     "peft": set(),
-    "matplotlib": set(),
+    "matplotlib": {"plots"},
     "huggingface_hub": set(),
 }
 FILES = sorted(PACKAGE.rglob("*.py"))

@@ -35,10 +35,17 @@ def call(script, *arguments, folder):
 def test_the_quickstart_prints_its_table_and_leaves_an_ordinary_checkpoint(prepared):
     config = str(ROOT / "configs" / "train" / "quickstart.yaml")
     small = ["train_samples=48", "test_samples=32", "max_length=24", "training.num_train_epochs=1"]
+    small += ["training.logging_steps=1", "diagnostics=2"]
     printed = call("train.py", config, *small, folder=prepared)
     for line in ("head of block 0", "head of block 1", "block-local, 3 blocks", "plain Trainer", "MiB", "Saved in"):
         assert line in printed
     folder = prepared / "runs" / "quickstart"
+    command = printed.splitlines()[-1]
+    assert command == "Curves of every block: python scripts/plot.py runs/quickstart"
+    drawn = call("plot.py", command.split()[-1], folder=prepared).split()
+    for name in ("loss", "accuracy", "alignment", "probe", "drift"):
+        assert f"runs/quickstart/plots/{name}.png" in drawn
+    assert all((prepared / name).is_file() for name in drawn)
     assert (folder / "block_local_heads.safetensors").is_file()
     code = (
         "import sys; sys.modules['hf_blocklocal'] = None\n"

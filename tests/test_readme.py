@@ -25,10 +25,14 @@ def blocks(language):
 
 @pytest.fixture(scope="module")
 def ran(tmp_path_factory):
-    """Run all Python blocks in order, in one namespace, as a reader would; return what each printed."""
+    """Run all Python blocks in order, in one namespace, as a reader would.
+
+    Returns:
+        What each has printed, and the history of the first training.
+    """
     folder = tmp_path_factory.mktemp("readme")
     call("prepare_quickstart.py", "--output-dir", ".", folder=folder)
-    namespace, printed, before = {}, [], Path.cwd()
+    namespace, printed, history, before = {}, [], [], Path.cwd()
     os.chdir(folder)
     try:
         for code in blocks("python"):
@@ -36,17 +40,18 @@ def ran(tmp_path_factory):
             with contextlib.redirect_stdout(output):
                 exec(compile(code, "README.md", "exec"), namespace)
             printed.append(output.getvalue())
+            history = history or namespace["trainer"].state.log_history
     finally:
         os.chdir(before)
-    return namespace, printed
+    return printed, history
 
 
 def test_every_python_block_runs(ran):
-    assert len(ran[1]) == len(blocks("python")) == 4
+    assert len(ran[0]) == len(blocks("python")) == 5
 
 
 def test_the_printed_losses_are_those_of_the_run(ran):
-    logged = next(row for row in ran[0]["trainer"].state.log_history if "loss" in row)
+    logged = next(row for row in ran[1] if "loss" in row)
     comment = next(line for line in README.splitlines() if line.startswith("# {'loss'"))
     stated = dict(re.findall(r"'([\w/]+)': '([\d.]+)'", comment))
     assert stated.keys() == {"loss", "block_0/loss", "block_1/loss", "block_2/loss"}
@@ -57,7 +62,12 @@ def test_the_printed_losses_are_those_of_the_run(ran):
 
 def test_the_printed_cut_is_that_of_the_run(ran):
     stated = [line[2:] for line in README.splitlines() if re.match(r"# (block|\d) +", line)]
-    assert stated == [line.rstrip() for line in ran[1][1].splitlines()]
+    assert stated == [line.rstrip() for line in ran[0][1].splitlines()]
+
+
+def test_the_figures_named_are_those_that_are_drawn(ran):
+    stated = next(line[2:] for line in README.splitlines() if line.startswith("# ['loss.png'"))
+    assert stated == ran[0][2].splitlines()[-1]
 
 
 @pytest.mark.parametrize("command", [line for block in blocks("bash") for line in block.splitlines()])

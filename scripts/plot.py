@@ -1,0 +1,35 @@
+"""Draw the curves of a run, block by block: losses, accuracies, and what the callbacks have seen. One PNG each.
+
+python scripts/plot.py runs/quickstart
+python scripts/plot.py runs/quickstart --output figures
+
+To have more to draw than losses and accuracies, train with a look at every block each 10 steps:
+python scripts/train.py configs/train/quickstart.yaml diagnostics=10
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Draw, and print the names of the files."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run_dir", type=Path, help="output_dir of a run; the newest trainer_state.json in it is drawn")
+    parser.add_argument("--output", type=Path, help="folder for the PNGs (default: plots in the run's folder)")
+    options = parser.parse_args(argv)
+
+    from hf_blocklocal.errors import BlockLocalError
+    from hf_blocklocal.plots import draw_run
+
+    try:
+        paths = draw_run(options.run_dir, options.output)
+    except BlockLocalError as error:
+        raise SystemExit(f"plot.py: {error}") from None
+    print("\n".join(map(str, paths)))
+
+
+if __name__ == "__main__":
+    main()
