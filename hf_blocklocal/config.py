@@ -21,6 +21,8 @@ DEFAULT_BLOCKS = 2
 PRESETS: dict[str, dict[str, Any]] = {
     # Nokland & Eidnes (2019), arXiv 1901.06656: a linear classifier on the output of each block.
     "pred": {"feedback": "label", "loss": "agreement"},
+    # Belilovsky et al. (2020), arXiv 1901.08164: a classifier with a hidden layer on the output of each block.
+    "dgl": {"feedback": "label", "loss": "agreement", "readout": "mlp"},
     # Gomez et al. (2020), arXiv 2010.04116: the same, and the loss of a block teaches the block below it too.
     "interlocking": {"overlap": 1, "feedback": "label", "loss": "agreement"},
     # One block: exactly the plain Trainer.
@@ -66,10 +68,13 @@ class BlockLocalConfig:
         "auto", "Exponential family of the messages."
     )
     latent_dim: int = _help(128, "Units of the latent between a block and a learned feedback network.")
+    readout: Literal["linear", "mlp"] = _help(
+        "linear", "What reads a message from a block's output: one linear map, or two with a GELU between them."
+    )
     head_layers: int = _help(
         0,
         "Layers above a block that its head borrows, evenly spread, live and read-only, with the model's own task "
-        "head. 0 is a light linear readout; all of them give the very gradient of backpropagation.",
+        "head. 0 is a light readout; all of them give the very gradient of backpropagation.",
     )
     overlap: int = _help(
         0,
@@ -77,7 +82,7 @@ class BlockLocalConfig:
         "until it has.",
     )
     pooling: Literal["mean", "first", "last"] = _help(
-        "mean", "How a linear readout pools the sequence where the target belongs to the whole sample."
+        "mean", "How a readout pools the sequence where the target belongs to the whole sample."
     )
     negatives: int | None = _help(
         1024, "Negatives that a contrast over a vocabulary draws, shared by all blocks. None is the whole vocabulary."
@@ -178,6 +183,12 @@ class BlockLocalConfig:
                 "predicts with the model's own task head. Use feedback='auto'."
             )
 
+        if self.head_layers > 0 and self.readout != "linear":
+            raise ConfigError(
+                f"head_layers={self.head_layers} and readout={self.readout!r} exclude each other: a head that borrows "
+                "layers has no readout. Leave one of the two out."
+            )
+
     def _check_cut(self) -> None:
         if self.boundaries is None:
             return
@@ -199,8 +210,8 @@ class BlockLocalConfig:
         """Make a configuration from a named one.
 
         Args:
-            name: `"pred"`, a linear classifier on every block; `"interlocking"`, the same with overlap; or
-                `"backprop"`, a single block.
+            name: `"pred"`, a linear classifier on every block; `"dgl"`, one with a hidden layer; `"interlocking"`,
+                linear ones with overlap; or `"backprop"`, a single block.
             **overrides: Fields to set on top of the preset.
 
         Raises:

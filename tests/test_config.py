@@ -22,6 +22,7 @@ CONFIGS = {
         loss="agreement",
         family="categorical",
         latent_dim=7,
+        readout="mlp",
         pooling="last",
         negatives=None,
         step_per_block=True,
@@ -117,6 +118,15 @@ REFUSALS = {
     "unknown family": (
         {"family": "vmf"},
         "family='vmf' is not known. Choose one of ['auto', 'gaussian', 'bernoulli', 'categorical'].",
+    ),
+    "unknown readout": (
+        {"readout": "deep"},
+        "readout='deep' is not known. Choose one of ['linear', 'mlp'].",
+    ),
+    "a readout where layers are borrowed": (
+        {"readout": "mlp", "head_layers": 1},
+        "head_layers=1 and readout='mlp' exclude each other: a head that borrows layers has no readout. Leave one of "
+        "the two out.",
     ),
     "unknown pooling": (
         {"pooling": "max"},
@@ -230,6 +240,8 @@ def test_the_presets_are_what_their_papers_say():
     pred = BlockLocalConfig.from_preset("pred")
     assert (pred.feedback, pred.loss, pred.num_blocks) == ("label", "agreement", 2)
     assert BlockLocalConfig.from_preset("backprop").num_blocks == 1
+    dgl = BlockLocalConfig.from_preset("dgl")
+    assert (dgl.feedback, dgl.loss, dgl.readout) == ("label", "agreement", "mlp")
     interlocking = BlockLocalConfig.from_preset("interlocking")
     assert (interlocking.feedback, interlocking.loss, interlocking.overlap) == ("label", "agreement", 1)
 
@@ -247,8 +259,8 @@ def test_a_preset_takes_no_unknown_option():
 
 def test_an_unknown_preset_is_refused_beside_the_known_ones():
     with pytest.raises(ConfigError) as error:
-        BlockLocalConfig.from_preset("dgl")
-    assert str(error.value) == "There is no preset 'dgl'. Choose one of ['backprop', 'interlocking', 'pred']."
+        BlockLocalConfig.from_preset("hinton")
+    assert str(error.value) == f"There is no preset 'hinton'. Choose one of {sorted(PRESETS)}."
 
 
 def test_every_field_carries_its_help_once():

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from zoo import SPECIMENS
 
 from hf_blocklocal import BlockLocalConfig, assemble
+from hf_blocklocal.config import PRESETS
 from hf_blocklocal.errors import BlockLocalError, TargetError
 from hf_blocklocal.families import FAMILIES
 from hf_blocklocal.feedback import FEEDBACK, DirectFeedback, LabelFeedback, build_head
@@ -112,6 +113,27 @@ def test_the_preset_pred_is_a_linear_classifier():
     logits_NC = head.readout(hidden.mean(1))
     torch.testing.assert_close(head.logits(hidden, targets), logits_NC)
     torch.testing.assert_close(head(hidden, targets), F.cross_entropy(logits_NC, targets.values, reduction="none"))
+
+
+def test_the_preset_dgl_is_a_classifier_with_a_hidden_layer():
+    head, hidden = head_for(CLASSES, **PRESETS["dgl"]), normal(B, S, D)
+    norm, into, out = (getattr(head.readout, name) for name in ("norm", "hidden", "linear"))
+    assert into.weight.shape == (D, D)
+    inside_BD = F.linear(F.layer_norm(hidden.mean(1), (D,), norm.weight, norm.bias), into.weight, into.bias)
+    logits_NC = F.linear(F.gelu(inside_BD), out.weight, out.bias)
+    targets = some_targets(CLASSES)
+    found = torch.autograd.grad(head(hidden, targets).sum(), list(head.parameters()))
+    expected = torch.autograd.grad(
+        F.cross_entropy(logits_NC, targets.values, reduction="sum"), list(head.parameters())
+    )
+    torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_a_readout_with_a_hidden_layer_learns_any_task(name):
+    head = head_for(TASKS[name], readout="mlp")
+    head(normal(B, S, D), some_targets(TASKS[name], negatives=None)).sum().backward()
+    assert_learns(head)
 
 
 # ---- Refusals ----

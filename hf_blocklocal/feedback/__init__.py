@@ -11,7 +11,7 @@ from hf_blocklocal.feedback.base import FeedbackNetwork
 from hf_blocklocal.feedback.direct import DirectFeedback
 from hf_blocklocal.feedback.head import FeedbackHead
 from hf_blocklocal.feedback.label import LabelFeedback
-from hf_blocklocal.feedback.readout import LinearReadout
+from hf_blocklocal.feedback.readout import READOUTS, LinearReadout, MLPReadout
 from hf_blocklocal.losses import LOSSES
 from hf_blocklocal.targets import Alignment, Task
 
@@ -81,7 +81,7 @@ def build_head(
         )
     feedback = network(task, latent_dim=config.latent_dim, embedding_width=embedding_width)
     loss = LOSSES[feedback.loss](get_family(family), label_smoothing=label_smoothing)
-    readout = nn.Identity() if borrows else LinearReadout(hidden_width, feedback.units)
+    readout = nn.Identity() if borrows else READOUTS[config.readout](hidden_width, feedback.units)
     return FeedbackHead(
         readout,
         feedback,
@@ -95,10 +95,12 @@ def build_head(
 
 __all__ = [
     "FEEDBACK",
+    "READOUTS",
     "DirectFeedback",
     "FeedbackHead",
     "FeedbackNetwork",
     "LabelFeedback",
     "LinearReadout",
+    "MLPReadout",
     "build_head",
 ]

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 
@@ -23,3 +24,26 @@ class LinearReadout(nn.Module):
     def forward(self, rows_RD: Tensor) -> Tensor:
         """Return natural parameters, (R, Z)."""
         return self.linear(self.norm(rows_RD.to(self.norm.weight.dtype)))
+
+
+class MLPReadout(LinearReadout):
+    """The same with one hidden layer of the block's own width between the norm and the last map.
+
+    The block may leave to it what a linear map cannot undo: Belilovsky et al. (2020), Decoupled greedy learning of
+    CNNs, arXiv 1901.08164, teach blocks through auxiliary networks that are deeper than linear.
+
+    Args:
+        hidden_width: Width D of the block's output.
+        units: Units Z of the latent.
+    """
+
+    def __init__(self, hidden_width: int, units: int) -> None:
+        super().__init__(hidden_width, units)
+        self.hidden = nn.Linear(hidden_width, hidden_width)
+
+    def forward(self, rows_RD: Tensor) -> Tensor:
+        """Return natural parameters, (R, Z)."""
+        return self.linear(F.gelu(self.hidden(self.norm(rows_RD.to(self.norm.weight.dtype)))))
+
+
+READOUTS: dict[str, type[LinearReadout]] = {"linear": LinearReadout, "mlp": MLPReadout}
