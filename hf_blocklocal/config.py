@@ -21,6 +21,9 @@ DEFAULT_BLOCKS = 2
 PRESETS: dict[str, dict[str, Any]] = {
     # Nokland & Eidnes (2019), arXiv 1901.06656: a linear classifier on the output of each block.
     "pred": {"feedback": "label", "loss": "agreement"},
+    # The same paper: similarity matching, in place of that classifier or beside it.
+    "sim": {"feedback": "label", "loss": "agreement", "sim": 1.0},
+    "predsim": {"feedback": "label", "loss": "agreement", "sim": 0.99},
     # Belilovsky et al. (2020), arXiv 1901.08164: a classifier with a hidden layer on the output of each block.
     "dgl": {"feedback": "label", "loss": "agreement", "readout": "mlp"},
     # Gomez et al. (2020), arXiv 2010.04116: the same, and the loss of a block teaches the block below it too.
@@ -75,6 +78,11 @@ class BlockLocalConfig:
         0,
         "Layers above a block that its head borrows, evenly spread, live and read-only, with the model's own task "
         "head. 0 is a light readout; all of them give the very gradient of backpropagation.",
+    )
+    sim: float = _help(
+        0.0,
+        "Weight of similarity matching in a block's loss, 0 to 1; the loss of the head has the rest. At 1 the readout "
+        "still learns, for evaluation, and teaches the block nothing.",
     )
     overlap: int = _help(
         0,
@@ -168,9 +176,11 @@ class BlockLocalConfig:
         ):
             raise ConfigError(f"anchor must be a number of at least 0, got {self.anchor!r}.")
         object.__setattr__(self, "anchor", float(self.anchor))
-        if isinstance(self.polish, bool) or not isinstance(self.polish, int | float) or not 0 <= self.polish <= 1:
-            raise ConfigError(f"polish must be a share between 0 and 1, got {self.polish!r}.")
-        object.__setattr__(self, "polish", float(self.polish))
+        for name in ("polish", "sim"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
+                raise ConfigError(f"{name} must be a share between 0 and 1, got {value!r}.")
+            object.__setattr__(self, name, float(value))
         margin = self.satisfied_at
         is_number = isinstance(margin, int | float) and not isinstance(margin, bool)
         if margin is not None and not (is_number and 0 < margin < 1):
@@ -183,6 +193,16 @@ class BlockLocalConfig:
                 "predicts with the model's own task head. Use feedback='auto'."
             )
 
+        if self.head_layers > 0 and self.sim > 0:
+            raise ConfigError(
+                f"head_layers={self.head_layers} and sim={self.sim} exclude each other: similarity matching compares "
+                "a block's own output. Leave one of the two out."
+            )
+        if self.satisfied_at is not None and self.sim > 0:
+            raise ConfigError(
+                f"satisfied_at={self.satisfied_at} and sim={self.sim} exclude each other: one masks targets one by "
+                "one, the other compares all of them. Leave one of the two out."
+            )
         if self.head_layers > 0 and self.readout != "linear":
             raise ConfigError(
                 f"head_layers={self.head_layers} and readout={self.readout!r} exclude each other: a head that borrows "
@@ -210,8 +230,9 @@ class BlockLocalConfig:
         """Make a configuration from a named one.
 
         Args:
-            name: `"pred"`, a linear classifier on every block; `"dgl"`, one with a hidden layer; `"interlocking"`,
-                linear ones with overlap; or `"backprop"`, a single block.
+            name: `"pred"`, a linear classifier on every block; `"dgl"`, one with a hidden layer; `"sim"`,
+                similarity matching; `"predsim"`, both; `"interlocking"`, linear classifiers with overlap; or
+                `"backprop"`, a single block.
             **overrides: Fields to set on top of the preset.
 
         Raises:

@@ -76,19 +76,22 @@ def check_placement(model: nn.Module, *, model_parallel: bool) -> None:
         )
 
 
-def check_loss_settings(
-    task: Task, *, label_smoothing: float, custom_loss: bool, satisfied_at: float | None = None
-) -> None:
+def check_loss_settings(task: Task, config: BlockLocalConfig, *, label_smoothing: float, custom_loss: bool) -> None:
     """Refuse changes to the model's own loss that the heads cannot follow.
 
     Raises:
         UnsupportedSettingError: For label smoothing of targets that are not classes, and for a `compute_loss_func`
-            with a target per position or a margin.
+            with a target per position, a margin or a loss of the whole batch.
     """
-    if custom_loss and satisfied_at is not None:
+    if custom_loss and config.sim > 0:
         raise UnsupportedSettingError(
-            f"satisfied_at={satisfied_at} masks targets one by one, and compute_loss_func gives one loss for all of "
-            "them. Leave one of the two out."
+            f"sim={config.sim} is a part of the loss of a head, and compute_loss_func replaces that loss. Leave one "
+            "of the two out."
+        )
+    if custom_loss and config.satisfied_at is not None:
+        raise UnsupportedSettingError(
+            f"satisfied_at={config.satisfied_at} masks targets one by one, and compute_loss_func gives one loss "
+            "for all of them. Leave one of the two out."
         )
     if label_smoothing and task.target in ("regression", "multi_label"):
         raise UnsupportedSettingError(

@@ -99,9 +99,9 @@ class BlockLocalTrainer(Trainer):
             if assembly.task is not None:
                 check_loss_settings(
                     assembly.task,
+                    self.block_local,
                     label_smoothing=smoothing,
                     custom_loss=self.compute_loss_func is not None,
-                    satisfied_at=self.block_local.satisfied_at,
                 )
             self._assembly, self._anchor = assembly, None
             logger.info("Blocks of %s:\n%s", type(self.model).__name__, assembly.describe())

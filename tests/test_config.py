@@ -15,6 +15,7 @@ from hf_blocklocal.errors import BlockLocalError, ConfigError
 CONFIGS = {
     "defaults": BlockLocalConfig(),
     "cut by hand": BlockLocalConfig(boundaries=(1, 3), layers=("encoder.block", "decoder.block")),
+    "similarities": BlockLocalConfig(sim=0.5),
     "nothing at its default": BlockLocalConfig(
         num_blocks=3,
         balance="cost",
@@ -176,6 +177,20 @@ REFUSALS = {
         {"polish": 1.5},
         "polish must be a share between 0 and 1, got 1.5.",
     ),
+    "more similarity than there is loss": (
+        {"sim": 1.5},
+        "sim must be a share between 0 and 1, got 1.5.",
+    ),
+    "similarity where layers are borrowed": (
+        {"sim": 0.5, "head_layers": 1},
+        "head_layers=1 and sim=0.5 exclude each other: similarity matching compares a block's own output. Leave one "
+        "of the two out.",
+    ),
+    "similarity of targets that are masked": (
+        {"sim": 0.5, "satisfied_at": 0.9},
+        "satisfied_at=0.9 and sim=0.5 exclude each other: one masks targets one by one, the other compares all of "
+        "them. Leave one of the two out.",
+    ),
     "an overlap with blocks above": (
         {"overlap": -1},
         "overlap must be a whole number of at least 0, got -1.",
@@ -242,6 +257,9 @@ def test_the_presets_are_what_their_papers_say():
     assert BlockLocalConfig.from_preset("backprop").num_blocks == 1
     dgl = BlockLocalConfig.from_preset("dgl")
     assert (dgl.feedback, dgl.loss, dgl.readout) == ("label", "agreement", "mlp")
+    sim, predsim = (BlockLocalConfig.from_preset(name) for name in ("sim", "predsim"))
+    assert (sim.feedback, sim.loss, sim.sim) == ("label", "agreement", 1.0)
+    assert (predsim.feedback, predsim.loss, predsim.sim) == ("label", "agreement", 0.99)
     interlocking = BlockLocalConfig.from_preset("interlocking")
     assert (interlocking.feedback, interlocking.loss, interlocking.overlap) == ("label", "agreement", 1)
 

@@ -114,23 +114,31 @@ def test_a_launcher_that_does_not_shard_is_welcome(kind):
 
 
 def test_smoothing_has_no_meaning_for_numbers():
-    check_loss_settings(Task("regression", 1), label_smoothing=0.0, custom_loss=False)
-    check_loss_settings(Task("classes", 3), label_smoothing=0.1, custom_loss=False)
+    check_loss_settings(Task("regression", 1), CONFIG, label_smoothing=0.0, custom_loss=False)
+    check_loss_settings(Task("classes", 3), CONFIG, label_smoothing=0.1, custom_loss=False)
     with pytest.raises(UnsupportedSettingError) as error:
-        check_loss_settings(Task("regression", 1), label_smoothing=0.1, custom_loss=False)
+        check_loss_settings(Task("regression", 1), CONFIG, label_smoothing=0.1, custom_loss=False)
     assert str(error.value) == "label_smoothing_factor=0.1 has no meaning for regression targets. Set it to 0."
 
 
 def test_smoothing_has_no_meaning_for_float_labels():
     with pytest.raises(UnsupportedSettingError):
-        check_loss_settings(Task("multi_label", 3), label_smoothing=0.1, custom_loss=False)
+        check_loss_settings(Task("multi_label", 3), CONFIG, label_smoothing=0.1, custom_loss=False)
 
 
 def test_a_custom_loss_cannot_teach_positions():
-    check_loss_settings(Task("classes", 3), label_smoothing=0.0, custom_loss=True)
-    check_loss_settings(Task("vocabulary", 9, per_position=True), label_smoothing=0.0, custom_loss=False)
+    check_loss_settings(Task("classes", 3), CONFIG, label_smoothing=0.0, custom_loss=True)
+    check_loss_settings(Task("vocabulary", 9, per_position=True), CONFIG, label_smoothing=0.0, custom_loss=False)
     for task in (Task("vocabulary", 9, per_position=True), Task("classes", 3, per_position=True)):
         with pytest.raises(
             UnsupportedSettingError, match="compute_loss_func cannot teach the blocks of a model with a"
         ):
-            check_loss_settings(task, label_smoothing=0.0, custom_loss=True)
+            check_loss_settings(task, CONFIG, label_smoothing=0.0, custom_loss=True)
+
+
+def test_a_custom_loss_cannot_stand_in_for_a_loss_of_the_whole_batch():
+    with pytest.raises(UnsupportedSettingError) as error:
+        check_loss_settings(Task("classes", 3), BlockLocalConfig(sim=0.5), label_smoothing=0.0, custom_loss=True)
+    assert str(error.value) == (
+        "sim=0.5 is a part of the loss of a head, and compute_loss_func replaces that loss. Leave one of the two out."
+    )

@@ -12,7 +12,7 @@ from hf_blocklocal.feedback.direct import DirectFeedback
 from hf_blocklocal.feedback.head import FeedbackHead
 from hf_blocklocal.feedback.label import LabelFeedback
 from hf_blocklocal.feedback.readout import READOUTS, LinearReadout, MLPReadout
-from hf_blocklocal.losses import LOSSES
+from hf_blocklocal.losses import LOSSES, SimilarityMatching
 from hf_blocklocal.targets import Alignment, Task
 
 
@@ -47,8 +47,8 @@ def build_head(
         label_smoothing: As in `TrainingArguments.label_smoothing_factor`.
 
     Raises:
-        TargetError: If the chosen feedback or family cannot carry targets of this task, or gives no probability where
-            `satisfied_at` asks for one.
+        TargetError: If the chosen feedback or family cannot carry targets of this task, or gives no probability or no
+            similarity where `satisfied_at` or `sim` asks for one.
     """
     borrows = config.head_layers > 0
     feedback_name = config.feedback
@@ -79,6 +79,11 @@ def build_head(
             f"satisfied_at={config.satisfied_at} is a probability, and the heads of regression targets give none. "
             "Leave it out."
         )
+    if config.sim > 0 and (task.target == "regression" or task.size == 1):
+        raise TargetError(
+            f"sim={config.sim} compares one-hot targets with each other, which {task.target!r} targets of size "
+            f"{task.size} are not. Leave it out, or use the preset 'pred'."
+        )
     feedback = network(task, latent_dim=config.latent_dim, embedding_width=embedding_width)
     loss = LOSSES[feedback.loss](get_family(family), label_smoothing=label_smoothing)
     readout = nn.Identity() if borrows else READOUTS[config.readout](hidden_width, feedback.units)
@@ -90,6 +95,8 @@ def build_head(
         pooling=config.pooling,
         borrows=borrows,
         satisfied_at=config.satisfied_at,
+        similarity=SimilarityMatching(hidden_width) if config.sim > 0 else None,
+        sim=config.sim,
     )
 
 

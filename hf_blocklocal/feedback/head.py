@@ -7,7 +7,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from hf_blocklocal.feedback.base import FeedbackNetwork
-from hf_blocklocal.losses import LocalLoss, Messages
+from hf_blocklocal.losses import LocalLoss, Messages, SimilarityMatching
 from hf_blocklocal.losses.margin import satisfied
 from hf_blocklocal.targets import Alignment, Pooling, Targets
 
@@ -24,6 +24,8 @@ class FeedbackHead(nn.Module):
         borrows: Whether it is given logits that borrowed layers of the model have made of the block's output, in
             place of that output.
         satisfied_at: Probability of a target from which on it teaches no longer; None is never.
+        similarity: Matches the batch's similarities beside the loss.
+        sim: Weight of that, and 1 minus that of the loss. At 1 the loss teaches its own readout, and not the block.
     """
 
     def __init__(
@@ -36,6 +38,8 @@ class FeedbackHead(nn.Module):
         pooling: Pooling,
         borrows: bool = False,
         satisfied_at: float | None = None,
+        similarity: SimilarityMatching | None = None,
+        sim: float = 0.0,
     ) -> None:
         super().__init__()
         self.readout = readout
@@ -45,6 +49,8 @@ class FeedbackHead(nn.Module):
         self.pooling = pooling
         self.borrows = borrows
         self.satisfied_at = satisfied_at
+        self.similarity = similarity
+        self.sim = sim
 
     def messages(self, hidden: Tensor, targets: Targets) -> Messages:
         """Compute both messages.
@@ -58,7 +64,21 @@ class FeedbackHead(nn.Module):
         return Messages(forward if index_N is None else forward[index_N], self.feedback(targets), targets)
 
     def forward(self, hidden: Tensor, targets: Targets) -> Tensor:
-        """Return the loss of each target, (N,), in nats; 0 without gradient where the target is satisfied."""
+        """Return the loss of each target, (N,), in nats; 0 without gradient where the target is satisfied.
+
+        Similarities are of the batch as a whole: each target has an equal share in them, such that the sum over
+        targets, divided by the number of elements as the caller does, is the term itself.
+        """
+        if self.similarity is None:
+            return self._loss_N(hidden, targets)
+        rows_RD, index_N = targets.rows(hidden, self.alignment, self.pooling)
+        term = self.similarity(rows_RD if index_N is None else rows_RD[index_N], targets)
+        share = self.sim * term * targets.values.shape[1:].numel()
+        if self.sim == 1:
+            return self._loss_N(hidden.detach(), targets) + share
+        return (1 - self.sim) * self._loss_N(hidden, targets) + share
+
+    def _loss_N(self, hidden: Tensor, targets: Targets) -> Tensor:  # noqa: N802
         messages = self.messages(hidden, targets)
         if self.satisfied_at is None:
             return self.loss(messages)

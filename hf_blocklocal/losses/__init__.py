@@ -5,8 +5,9 @@ from __future__ import annotations
 from hf_blocklocal.losses.agreement import Agreement
 from hf_blocklocal.losses.base import LocalLoss, Messages
 from hf_blocklocal.losses.contrast import Contrast
+from hf_blocklocal.losses.sim import SimilarityMatching
 
 
 LOSSES: dict[str, type[LocalLoss]] = {"agreement": Agreement, "contrast": Contrast}
 
-__all__ = ["LOSSES", "Agreement", "Contrast", "LocalLoss", "Messages"]
+__all__ = ["LOSSES", "Agreement", "Contrast", "LocalLoss", "Messages", "SimilarityMatching"]
