@@ -24,6 +24,8 @@ PRESETS: dict[str, dict[str, Any]] = {
     # The same paper: similarity matching, in place of that classifier or beside it.
     "sim": {"feedback": "label", "loss": "agreement", "sim": 1.0},
     "predsim": {"feedback": "label", "loss": "agreement", "sim": 0.99},
+    # Kappel et al. (2023), arXiv 2305.14974: what their public experiments do, without denoising.
+    "kappel2023": {"feedback": "prototype", "loss": "kappel2023"},
     # Belilovsky et al. (2020), arXiv 1901.08164: a classifier with a hidden layer on the output of each block.
     "dgl": {"feedback": "label", "loss": "agreement", "readout": "mlp"},
     # Gomez et al. (2020), arXiv 2010.04116: the same, and the loss of a block teaches the block below it too.
@@ -61,10 +63,11 @@ class BlockLocalConfig:
     layers: tuple[str, ...] | None = _help(
         None, "Dotted names of the lists of layers to cut, for models whose structure does not show them."
     )
-    feedback: Literal["auto", "direct", "label"] = _help(
-        "auto", "Network that carries the target to a block: learned and linear, or the target itself."
+    feedback: Literal["auto", "direct", "label", "prototype"] = _help(
+        "auto",
+        "Network that carries the target to a block: learned and linear, the target itself, or class prototypes.",
     )
-    loss: Literal["auto", "contrast", "agreement"] = _help(
+    loss: Literal["auto", "contrast", "agreement", "kappel2023"] = _help(
         "auto", "Loss where a block's message and the target's message meet. Each feedback network has its own."
     )
     family: Literal["auto", "gaussian", "bernoulli", "categorical"] = _help(
@@ -187,16 +190,21 @@ class BlockLocalConfig:
             raise ConfigError(f"satisfied_at must be a probability between 0 and 1, or left out; got {margin!r}.")
 
     def _check_head(self) -> None:
-        if self.head_layers > 0 and self.feedback == "direct":
+        if self.head_layers > 0 and self.feedback in ("direct", "prototype"):
             raise ConfigError(
-                f"head_layers={self.head_layers} and feedback='direct' exclude each other: a head that borrows layers "
-                "predicts with the model's own task head. Use feedback='auto'."
+                f"head_layers={self.head_layers} and feedback={self.feedback!r} exclude each other: a head that borrows "
+                "layers predicts with the model's own task head. Use feedback='auto'."
             )
 
         if self.head_layers > 0 and self.sim > 0:
             raise ConfigError(
                 f"head_layers={self.head_layers} and sim={self.sim} exclude each other: similarity matching compares "
                 "a block's own output. Leave one of the two out."
+            )
+        if self.satisfied_at is not None and self.feedback == "prototype":
+            raise ConfigError(
+                f"satisfied_at={self.satisfied_at} and feedback='prototype' exclude each other: one masks targets one "
+                "by one, the other compares all of them. Leave one of the two out."
             )
         if self.satisfied_at is not None and self.sim > 0:
             raise ConfigError(
@@ -231,8 +239,8 @@ class BlockLocalConfig:
 
         Args:
             name: `"pred"`, a linear classifier on every block; `"dgl"`, one with a hidden layer; `"sim"`,
-                similarity matching; `"predsim"`, both; `"interlocking"`, linear classifiers with overlap; or
-                `"backprop"`, a single block.
+                similarity matching; `"predsim"`, both; `"kappel2023"`, prototypes;
+                `"interlocking"`, linear classifiers with overlap; or `"backprop"`, a single block.
             **overrides: Fields to set on top of the preset.
 
         Raises:

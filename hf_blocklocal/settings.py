@@ -88,6 +88,11 @@ def check_loss_settings(task: Task, config: BlockLocalConfig, *, label_smoothing
             f"sim={config.sim} is a part of the loss of a head, and compute_loss_func replaces that loss. Leave one "
             "of the two out."
         )
+    if custom_loss and config.feedback == "prototype":
+        raise UnsupportedSettingError(
+            "feedback='prototype' learns from the loss of a head, and compute_loss_func replaces that loss. Leave one "
+            "of the two out."
+        )
     if custom_loss and config.satisfied_at is not None:
         raise UnsupportedSettingError(
             f"satisfied_at={config.satisfied_at} masks targets one by one, and compute_loss_func gives one loss "

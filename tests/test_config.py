@@ -110,11 +110,11 @@ REFUSALS = {
     ),
     "unknown feedback": (
         {"feedback": "chained"},
-        "feedback='chained' is not known. Choose one of ['auto', 'direct', 'label'].",
+        "feedback='chained' is not known. Choose one of ['auto', 'direct', 'label', 'prototype'].",
     ),
     "unknown loss": (
         {"loss": "mse"},
-        "loss='mse' is not known. Choose one of ['auto', 'contrast', 'agreement'].",
+        "loss='mse' is not known. Choose one of ['auto', 'contrast', 'agreement', 'kappel2023'].",
     ),
     "unknown family": (
         {"family": "vmf"},
@@ -185,6 +185,16 @@ REFUSALS = {
         {"sim": 0.5, "head_layers": 1},
         "head_layers=1 and sim=0.5 exclude each other: similarity matching compares a block's own output. Leave one "
         "of the two out.",
+    ),
+    "prototypes where layers are borrowed": (
+        {"feedback": "prototype", "head_layers": 1},
+        "head_layers=1 and feedback='prototype' exclude each other: a head that borrows layers predicts with the "
+        "model's own task head. Use feedback='auto'.",
+    ),
+    "prototypes of targets that are masked": (
+        {"feedback": "prototype", "satisfied_at": 0.9},
+        "satisfied_at=0.9 and feedback='prototype' exclude each other: one masks targets one by one, the other "
+        "compares all of them. Leave one of the two out.",
     ),
     "similarity of targets that are masked": (
         {"sim": 0.5, "satisfied_at": 0.9},
@@ -260,6 +270,8 @@ def test_the_presets_are_what_their_papers_say():
     sim, predsim = (BlockLocalConfig.from_preset(name) for name in ("sim", "predsim"))
     assert (sim.feedback, sim.loss, sim.sim) == ("label", "agreement", 1.0)
     assert (predsim.feedback, predsim.loss, predsim.sim) == ("label", "agreement", 0.99)
+    kappel = BlockLocalConfig.from_preset("kappel2023")
+    assert (kappel.feedback, kappel.loss) == ("prototype", "kappel2023")
     interlocking = BlockLocalConfig.from_preset("interlocking")
     assert (interlocking.feedback, interlocking.loss, interlocking.overlap) == ("label", "agreement", 1)
 

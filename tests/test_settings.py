@@ -136,6 +136,13 @@ def test_a_custom_loss_cannot_teach_positions():
             check_loss_settings(task, CONFIG, label_smoothing=0.0, custom_loss=True)
 
 
+def test_a_custom_loss_cannot_teach_prototypes():
+    config = BlockLocalConfig.from_preset("kappel2023")
+    check_loss_settings(Task("classes", 3), config, label_smoothing=0.0, custom_loss=False)
+    with pytest.raises(UnsupportedSettingError, match="feedback='prototype' learns from the loss of a head"):
+        check_loss_settings(Task("classes", 3), config, label_smoothing=0.0, custom_loss=True)
+
+
 def test_a_custom_loss_cannot_stand_in_for_a_loss_of_the_whole_batch():
     with pytest.raises(UnsupportedSettingError) as error:
         check_loss_settings(Task("classes", 3), BlockLocalConfig(sim=0.5), label_smoothing=0.0, custom_loss=True)

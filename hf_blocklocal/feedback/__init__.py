@@ -11,12 +11,17 @@ from hf_blocklocal.feedback.base import FeedbackNetwork
 from hf_blocklocal.feedback.direct import DirectFeedback
 from hf_blocklocal.feedback.head import FeedbackHead
 from hf_blocklocal.feedback.label import LabelFeedback
+from hf_blocklocal.feedback.prototype import PrototypeFeedback
 from hf_blocklocal.feedback.readout import READOUTS, LinearReadout, MLPReadout
 from hf_blocklocal.losses import LOSSES, SimilarityMatching
 from hf_blocklocal.targets import Alignment, Task
 
 
-FEEDBACK: dict[str, type[FeedbackNetwork]] = {"direct": DirectFeedback, "label": LabelFeedback}
+FEEDBACK: dict[str, type[FeedbackNetwork]] = {
+    "direct": DirectFeedback,
+    "label": LabelFeedback,
+    "prototype": PrototypeFeedback,
+}
 
 _NATURAL_FAMILY = {
     "classes": "categorical",
@@ -57,8 +62,8 @@ def build_head(
     network = FEEDBACK[feedback_name]
     if not network.fits(task):
         raise TargetError(
-            f"feedback={config.feedback!r} cannot carry {task.target!r} targets: it contrasts a target with all "
-            "others, which needs a finite set. Use feedback='auto' or 'label'."
+            f"feedback={config.feedback!r} cannot carry {task.target!r} targets: {network.needs}. Use "
+            "feedback='auto' or 'label'."
         )
     if config.loss not in ("auto", network.loss):
         raise TargetError(
@@ -68,11 +73,11 @@ def build_head(
     natural = _NATURAL_FAMILY[task.target]
     family = config.family
     if family == "auto":
-        family = natural if feedback_name == "label" else "gaussian"
-    if feedback_name == "label" and family != natural:
+        family = natural if network.observed else "gaussian"
+    if network.observed and family != natural:
         raise TargetError(
-            f"family={family!r} does not describe {task.target!r} targets, and with feedback='label' the latent is "
-            f"the target. Use family='auto' or {natural!r}."
+            f"family={family!r} does not describe {task.target!r} targets, and with feedback={feedback_name!r} the latent "
+            f"is the target. Use family='auto' or {natural!r}."
         )
     if config.satisfied_at is not None and task.target == "regression":
         raise TargetError(
@@ -84,7 +89,7 @@ def build_head(
             f"sim={config.sim} compares one-hot targets with each other, which {task.target!r} targets of size "
             f"{task.size} are not. Leave it out, or use the preset 'pred'."
         )
-    feedback = network(task, latent_dim=config.latent_dim, embedding_width=embedding_width)
+    feedback = network(task, latent_dim=config.latent_dim, embedding_width=embedding_width, hidden_width=hidden_width)
     loss = LOSSES[feedback.loss](get_family(family), label_smoothing=label_smoothing)
     readout = nn.Identity() if borrows else READOUTS[config.readout](hidden_width, feedback.units)
     return FeedbackHead(
@@ -109,5 +114,6 @@ __all__ = [
     "LabelFeedback",
     "LinearReadout",
     "MLPReadout",
+    "PrototypeFeedback",
     "build_head",
 ]

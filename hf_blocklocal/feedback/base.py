@@ -19,13 +19,20 @@ class FeedbackNetwork(nn.Module, ABC):
         task: What is to be predicted.
         latent_dim: Units of the latent that the caller would like.
         embedding_width: Width of the model's own target embedding, None for tasks without a vocabulary.
+        hidden_width: Width of the block's output.
     """
 
     loss: ClassVar[str]
     """Name of the local loss that its messages are made for."""
 
+    needs: ClassVar[str] = "it fits every task"
+    """What it needs of a task that it does not fit."""
+
+    observed: ClassVar[bool] = False
+    """Whether a readout has to predict the target itself, and not a latent."""
+
     units: int
-    """Units of the latent that its messages speak about: what a readout has to put out."""
+    """Units of what a readout has to put out: the latent, or the target."""
 
     @classmethod
     @abstractmethod

@@ -21,8 +21,11 @@ class DirectFeedback(FeedbackNetwork):
     """
 
     loss = "contrast"
+    needs = "it contrasts a target with all others, which needs a finite set"
 
-    def __init__(self, task: Task, *, latent_dim: int, embedding_width: int | None = None) -> None:
+    def __init__(
+        self, task: Task, *, latent_dim: int, embedding_width: int | None = None, hidden_width: int | None = None
+    ) -> None:
         super().__init__()
         if not self.fits(task):
             raise TargetError(

@@ -61,7 +61,10 @@ class FeedbackHead(nn.Module):
         """
         rows_RD, index_N = targets.rows(hidden, self.alignment, self.pooling)
         forward = self.readout(rows_RD)
-        return Messages(forward if index_N is None else forward[index_N], self.feedback(targets), targets)
+        rows_ND = None
+        if self.loss.needs_rows:
+            rows_ND = rows_RD if index_N is None else rows_RD[index_N]
+        return Messages(forward if index_N is None else forward[index_N], self.feedback(targets), targets, rows_ND)
 
     def forward(self, hidden: Tensor, targets: Targets) -> Tensor:
         """Return the loss of each target, (N,), in nats; 0 without gradient where the target is satisfied.

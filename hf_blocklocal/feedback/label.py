@@ -14,8 +14,11 @@ class LabelFeedback(FeedbackNetwork):
     """
 
     loss = "agreement"
+    observed = True
 
-    def __init__(self, task: Task, *, latent_dim: int, embedding_width: int | None = None) -> None:
+    def __init__(
+        self, task: Task, *, latent_dim: int, embedding_width: int | None = None, hidden_width: int | None = None
+    ) -> None:
         super().__init__()
         self.units = task.size
 

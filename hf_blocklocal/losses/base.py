@@ -23,11 +23,13 @@ class Messages:
         backward_CZ: Natural parameters b of the backward message of every possible target; None where the message is
             the observed target itself.
         targets: The targets.
+        rows_ND: What the readout has looked at, for every target; None unless the loss needs them.
     """
 
     forward_NZ: Tensor
     backward_CZ: Tensor | None
     targets: Targets
+    rows_ND: Tensor | None = None
 
 
 class LocalLoss(nn.Module, ABC):
@@ -39,6 +41,8 @@ class LocalLoss(nn.Module, ABC):
     """
 
     citation: ClassVar[str]
+    needs_rows: ClassVar[bool] = False
+    """Whether it looks at the rows of the block too."""
 
     def __init__(self, family: Family, *, label_smoothing: float = 0.0) -> None:
         super().__init__()
