@@ -192,8 +192,8 @@ class BlockLocalConfig:
     def _check_head(self) -> None:
         if self.head_layers > 0 and self.feedback in ("direct", "prototype"):
             raise ConfigError(
-                f"head_layers={self.head_layers} and feedback={self.feedback!r} exclude each other: a head that borrows "
-                "layers predicts with the model's own task head. Use feedback='auto'."
+                f"head_layers={self.head_layers} and feedback={self.feedback!r} exclude each other: a head that "
+                "borrows layers predicts with the model's own task head. Use feedback='auto'."
             )
 
         if self.head_layers > 0 and self.sim > 0:

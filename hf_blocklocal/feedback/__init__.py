@@ -76,8 +76,8 @@ def build_head(
         family = natural if network.observed else "gaussian"
     if network.observed and family != natural:
         raise TargetError(
-            f"family={family!r} does not describe {task.target!r} targets, and with feedback={feedback_name!r} the latent "
-            f"is the target. Use family='auto' or {natural!r}."
+            f"family={family!r} does not describe {task.target!r} targets, and with feedback={feedback_name!r} the "
+            f"latent is the target. Use family='auto' or {natural!r}."
         )
     if config.satisfied_at is not None and task.target == "regression":
         raise TargetError(
