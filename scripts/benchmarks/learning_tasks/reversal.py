@@ -1,0 +1,82 @@
+"""Task (d): a deep, narrow encoder learns from scratch to put out the reverse of a digit sequence."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from learning_tasks.base import Data, Metric, Row, Task, split_by_share
+
+
+DIGITS = 10
+
+
+@dataclass(frozen=True)
+class Reversal(Task):
+    """Random digits in, the same digits backwards out, one class per position; nothing is pretrained."""
+
+    name: ClassVar[str] = "reversal"
+    title: ClassVar[str] = "reversal of digits, from scratch"
+    metric: ClassVar[Metric] = Metric("sequences right in full", higher_is_better=True)
+    pretrained: ClassVar[bool] = False
+    curve_every: ClassVar[int | None] = 50
+
+    blocks: tuple[int, ...] = (4, 10, 20)
+    rates: tuple[float, ...] = (5e-4, 1.5e-3, 4.5e-3)
+    budget: dict[str, Any] = field(
+        default_factory=lambda: {"max_steps": 400, "per_device_train_batch_size": 64, "warmup_steps": 0.1}
+    )
+    layers: int = 20
+    width: int = 64
+    heads: int = 4
+    length: int = 8
+    train_sequences: int = 25_600
+    held_out_sequences: int = 500
+
+    @property
+    def num_layers(self) -> int:
+        """Layers of the encoder."""
+        return self.layers
+
+    def build(self, folder: Path) -> Data:
+        """Draw distinct sequences."""
+        wanted = self.train_sequences + 2 * self.held_out_sequences
+        shape = (2 * wanted, self.length)
+        drawn = torch.randint(DIGITS, shape, generator=torch.Generator().manual_seed(0)).unique(dim=0).tolist()
+        splits = split_by_share(drawn, lambda digits: bytes(digits), train=0.8, validation=0.1)
+        limits = (self.train_sequences, self.held_out_sequences, self.held_out_sequences)
+        parts = [
+            [{"input_ids": digits, "labels": digits[::-1]} for digits in part[:limit]]
+            for part, limit in zip(splits, limits, strict=True)
+        ]
+        return Data(*parts, before=[])
+
+    def model(self, folder: Path, seed: int) -> Any:
+        """Draw the weights of a pre-norm encoder."""
+        from transformers import RobertaPreLayerNormConfig, RobertaPreLayerNormForTokenClassification
+
+        torch.manual_seed(seed)
+        config = RobertaPreLayerNormConfig(
+            vocab_size=DIGITS + 2,
+            pad_token_id=DIGITS,
+            bos_token_id=DIGITS + 1,
+            eos_token_id=DIGITS + 1,
+            hidden_size=self.width,
+            num_hidden_layers=self.layers,
+            num_attention_heads=self.heads,
+            intermediate_size=2 * self.width,
+            max_position_embeddings=self.length + DIGITS + 2,  # positions start behind the padding's index
+            type_vocab_size=1,
+            hidden_dropout_prob=0.0,
+            attention_probs_dropout_prob=0.0,
+            num_labels=DIGITS,
+        )
+        return RobertaPreLayerNormForTokenClassification(config)
+
+    def score(self, model: Any, rows: Sequence[Row]) -> float:
+        """Return the share of sequences in which every digit is right."""
+        right = [(logits.argmax(-1) == inputs["labels"]).all(-1).cpu() for logits, inputs in self.logits(model, rows)]
+        return torch.cat(right).float().mean().item()
