@@ -37,7 +37,9 @@ class LanguageModel(Task):
     heads: int = 4
     vocabulary: int = 2048
     context: int = 128
-    pretraining_chunks: int = 6400
+    pretraining_chunks: int = 7200
+    train_share: float = 0.5
+    validation_share: float = 0.15
     pretraining: dict[str, Any] = field(
         default_factory=lambda: {
             "num_train_epochs": 1,
@@ -64,8 +66,9 @@ class LanguageModel(Task):
         old = [old[i] for i in torch.randperm(len(old), generator=generator)[: self.pretraining_chunks].tolist()]
         before = self._chunks(tokenizer, held_out, limit=4000)
         before = [before[i] for i in torch.randperm(len(before), generator=generator)[:100].tolist()]
-        splits = split_by_share(topic_paragraphs(), lambda text: text, train=0.6, validation=0.15)
-        in_order = {text: place for place, text in enumerate(topic_paragraphs())}
+        paragraphs = topic_paragraphs()
+        splits = split_by_share(paragraphs, str.encode, train=self.train_share, validation=self.validation_share)
+        in_order = {text: place for place, text in enumerate(paragraphs)}
         parts = [self._chunks(tokenizer, sorted(part, key=in_order.__getitem__)) for part in splits]
         torch.manual_seed(0)
         model = self._new_model()
