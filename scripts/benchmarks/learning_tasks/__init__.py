@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from learning_tasks.base import Data, Metric, Task, load_data, load_fingerprint
+from learning_tasks.deciphering import Deciphering
 from learning_tasks.images import Images
 from learning_tasks.language_model import LanguageModel
-from learning_tasks.naming import Naming
 from learning_tasks.reversal import Reversal
 from learning_tasks.text_classification import TextClassification
 
@@ -31,7 +31,9 @@ LARGE_LANGUAGE_MODEL = LanguageModel(
     },
 )
 SIZES: dict[str, dict[str, Task]] = {
-    "small": {task.name: task for task in (TextClassification(), LanguageModel(), Images(), Reversal(), Naming())},
+    "small": {
+        task.name: task for task in (TextClassification(), LanguageModel(), Images(), Reversal(), Deciphering())
+    },
     "large": {"language": LARGE_LANGUAGE_MODEL},
 }
 

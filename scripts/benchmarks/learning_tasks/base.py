@@ -6,7 +6,9 @@ weights) is made once, in a folder whose name is a hash of all it depends on.
 
 from __future__ import annotations
 
+import ast
 import hashlib
+import inspect
 import json
 import os
 import platform
@@ -14,6 +16,7 @@ import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any, ClassVar
@@ -25,6 +28,9 @@ from torch import Tensor
 Row = dict[str, Any]
 # Only these touch numbers; the others of a run are recorded beside its result.
 VERSIONS = ("torch", "transformers", "tokenizers", "scikit-learn", "peft")
+HERE = Path(__file__).resolve().parent
+# What all tasks make their data and starting models with, beside their own file.
+BUILDERS = ("corpora.py", "pretraining.py", "vocabulary.py", "../../docstring_corpus.py")
 DATA, START, FINGERPRINT = "data.pt", "start", "fingerprint.json"
 
 
@@ -74,6 +80,8 @@ class Task(ABC):
     references: ClassVar[tuple[str, ...]] = ()
     fills: ClassVar[Mapping[str, int]] = {}
     curve_every: ClassVar[int | None] = None
+    # What a run takes on one core, about, for the estimate.
+    seconds: ClassVar[float] = 20
 
     blocks: tuple[int, ...]
     rates: tuple[float, ...]
@@ -108,10 +116,15 @@ class Task(ABC):
         """Return all that describes the task, as JSON values."""
         return json.loads(json.dumps({"task": self.name, **asdict(self)}))
 
+    def run_spec(self) -> dict[str, Any]:
+        """Return what one training run depends on, data and starting model apart: not what is compared."""
+        return {name: value for name, value in self.spec().items() if name not in ("blocks", "rates")}
+
     def build_spec(self) -> dict[str, Any]:
-        """Return what data and starting model depend on: not the budget, nor what is compared."""
-        compared = ("blocks", "rates", "budget")
-        return {name: value for name, value in self.spec().items() if name not in compared} | {"versions": versions()}
+        """Return what data and starting model depend on: not the budget, but the code that makes them."""
+        sizes = {name: value for name, value in self.run_spec().items() if name != "budget"}
+        files = [Path(inspect.getfile(type(self))), *(HERE / name for name in BUILDERS)]
+        return sizes | {"versions": versions(), "code": code_hash(files)}
 
     def prepare(self, root: Path) -> Path:
         """Build data and starting model unless they are there already. Returns the task's folder."""
@@ -122,9 +135,9 @@ class Task(ABC):
             unfinished.mkdir(parents=True)
             data = self.build(unfinished)
             torch.save(asdict(data), unfinished / DATA)
-            print_of = {"spec": self.build_spec(), "sizes": {k: len(v) for k, v in asdict(data).items()}}
-            print_of["fingerprint"] = fingerprint(data, unfinished / START)
-            (unfinished / FINGERPRINT).write_text(json.dumps(print_of, indent=1), encoding="utf-8")
+            made = {"spec": self.build_spec(), "sizes": {name: len(split) for name, split in asdict(data).items()}}
+            made["fingerprint"] = fingerprint(data, unfinished / START)
+            (unfinished / FINGERPRINT).write_text(json.dumps(made, indent=1), encoding="utf-8")
             shutil.rmtree(folder, ignore_errors=True)
             unfinished.rename(folder)
         return folder
@@ -154,9 +167,27 @@ def load_fingerprint(folder: Path) -> str:
     return json.loads((folder / FINGERPRINT).read_text(encoding="utf-8"))["fingerprint"]
 
 
+@lru_cache
 def versions() -> dict[str, str]:
     """Return the versions that results depend on."""
     return {"python": platform.python_version()} | {name: metadata.version(name) for name in VERSIONS}
+
+
+def code_hash(files: Sequence[Path]) -> str:
+    """Hash what Python files do: comments, formatting and docstrings do not count."""
+    trees = []
+    for path in files:
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        for node in ast.walk(tree):
+            body = getattr(node, "body", None)
+            if isinstance(body, list) and body and _is_text(body[0]):
+                del body[0]
+        trees.append(ast.dump(tree))
+    return hash_of(trees)
+
+
+def _is_text(node: ast.AST) -> bool:
+    return isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
 
 
 def hash_of(values: Any) -> str:

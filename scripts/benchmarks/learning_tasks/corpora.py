@@ -10,7 +10,6 @@ import re
 import sys
 import sysconfig
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 
 
@@ -56,24 +55,9 @@ def library_code() -> list[str]:
     return [path.read_text(encoding="utf-8", errors="replace") for path in library_sources()]
 
 
-def named_docstrings() -> list[tuple[str, str]]:
-    """Return the opening prose and the name of each public function, method and class, each prose once."""
-    pairs: dict[str, str] = {}
-    for path in library_sources():
-        for name, docstring in _named(_tree(path)):
-            prose = first_prose(docstring)
-            if len(prose.split()) >= 4:
-                pairs.setdefault(prose, name)
-    return list(pairs.items())
-
-
-def _named(node: ast.AST) -> Iterator[tuple[str, str]]:
-    for child in ast.iter_child_nodes(node):
-        if isinstance(child, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
-            if not child.name.startswith("_") and (docstring := ast.get_docstring(child)):
-                yield child.name, docstring
-            if isinstance(child, ast.ClassDef):
-                yield from _named(child)
+def library_openings() -> list[str]:
+    """Return the opening prose of the library's docstrings, each once, in a fixed order."""
+    return list(dict.fromkeys(prose for docstring in library_prose() if (prose := first_prose(docstring))))
 
 
 def _tree(path: Path) -> ast.AST:

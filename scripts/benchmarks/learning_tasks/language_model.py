@@ -1,4 +1,4 @@
-"""Task (b): a causal language model, pretrained on the library's docstrings and sources, reads the Language Reference."""
+"""Task (b): a causal language model, pretrained on the library of Python, reads the Language Reference."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+
 from learning_tasks.base import PERPLEXITY, START, Data, Metric, Row, Task, perplexity, share_of, split_by_share
 from learning_tasks.corpora import library_code, library_prose, topic_paragraphs
 from learning_tasks.pretraining import pretrain_

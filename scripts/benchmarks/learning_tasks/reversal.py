@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from learning_tasks.base import Data, Metric, Row, Task, split_by_share
 from torch import Tensor
+
+from learning_tasks.base import Data, Metric, Row, Task, split_by_share
 
 
 DIGITS = 10

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+
 from learning_tasks.base import ACCURACY, START, Data, Metric, Row, Task, accuracy, split_by_share
 
 
