@@ -76,7 +76,11 @@ def best_run(case: Case, store: Store, seed: int) -> Run | None:
     best, best_score = None, None
     for run in case.grid(seed):
         score = (store.load(run) or {}).get("validation")
-        if score is not None and isfinite(score) and (best_score is None or case.task.metric.better(score, best_score)):
+        if (
+            score is not None
+            and isfinite(score)
+            and (best_score is None or case.task.metric.better(score, best_score))
+        ):
             best, best_score = run, score
     return best
 

@@ -24,7 +24,7 @@ LETTERS = f" {ascii_lowercase}"
 
 @dataclass(frozen=True)
 class Deciphering(Task):
-    """A small T5 on the letters of docstrings: pretrained to fill in masked ones, then the input is enciphered too.
+    """A small MBART on the letters of docstrings: pretrained to fill in masked ones, then the input is enciphered too.
 
     The cipher exchanges letters, always in the same way, so the encoder has to read anew while what the decoder writes
     stays. A docstring is in the same split before and after. Forgetting is the perplexity with plain input.
@@ -48,7 +48,7 @@ class Deciphering(Task):
     masked: float = 0.15
     train_share: float = 0.5
     validation_share: float = 0.15
-    train_texts: int = 4800
+    train_texts: int = 4000
     held_out_texts: int = 500
     pretraining: dict[str, Any] = field(
         default_factory=lambda: {
@@ -108,22 +108,27 @@ class Deciphering(Task):
         return self.score(model, data.before)
 
     def _new_model(self) -> Any:
-        from transformers import T5Config, T5ForConditionalGeneration
+        from transformers import MBartConfig, MBartForConditionalGeneration
 
-        config = T5Config(
+        config = MBartConfig(
             vocab_size=len(LETTERS) + MASK + 1,
+            max_position_embeddings=self.letters + 1,
             d_model=self.width,
-            d_kv=self.width // self.heads,
-            d_ff=4 * self.width,
-            num_layers=self.layers,
-            num_heads=self.heads,
-            dropout_rate=0.0,
+            encoder_layers=self.layers,
+            decoder_layers=self.layers,
+            encoder_attention_heads=self.heads,
+            decoder_attention_heads=self.heads,
+            encoder_ffn_dim=4 * self.width,
+            decoder_ffn_dim=4 * self.width,
+            dropout=0.0,
             pad_token_id=PAD,
+            bos_token_id=END,
             eos_token_id=END,
-            decoder_start_token_id=PAD,
+            decoder_start_token_id=END,
+            forced_eos_token_id=None,
             use_cache=False,
         )
-        return T5ForConditionalGeneration(config)
+        return MBartForConditionalGeneration(config)
 
     def _pieces(self, texts: Iterable[str]) -> Iterable[str]:
         """Reduce texts to letters and spaces, and cut them into pieces of equal length."""

@@ -57,7 +57,7 @@ class Reversal(Task):
         drawn = {
             tuple(draw.choices(range(DIGITS), k=draw.randint(self.shortest, self.longest))) for _ in range(2 * wanted)
         }
-        splits = split_by_share(sorted(drawn), bytes, train=0.8, validation=0.1)
+        splits = split_by_share(sorted(drawn), bytes, train=0.6, validation=0.2)
         limits = (self.train_sequences, self.held_out_sequences, self.held_out_sequences)
         parts = [
             [{"input_ids": list(digits), "labels": list(digits[::-1])} for digits in part[:limit]]
