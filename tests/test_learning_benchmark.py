@@ -37,7 +37,15 @@ class Inline(Executor):
 @pytest.fixture
 def scripts(monkeypatch):
     monkeypatch.syspath_prepend(str(BENCHMARKS))
-    names = ("learning", "learning_cases", "learning_report", "learning_rows", "learning_runs", "learning_tasks")
+    names = (
+        "learning",
+        "learning_cases",
+        "learning_report",
+        "learning_rows",
+        "learning_runs",
+        "learning_summary",
+        "learning_tasks",
+    )
     return {name: importlib.import_module(name) for name in names}
 
 
@@ -70,7 +78,7 @@ def run_rows(scripts, store, task, rows, *, seeds=(0, 1), **settings):
     cases, skipped = scripts["learning_cases"].list_cases([task], rows, None)
     pool = Inline()
     scripts["learning"].run_all(cases, store, pool, seeds=seeds, jobs=2, **settings)
-    return pool, scripts["learning_report"].summarize(cases, store, seeds=seeds, skipped=skipped)
+    return pool, scripts["learning_summary"].summarize(cases, store, seeds=seeds, skipped=skipped)
 
 
 def base():
@@ -152,7 +160,7 @@ def test_the_rate_is_tuned_with_one_seed_and_the_best_is_repeated(scripts, store
     assert len(pool.labels) == 2 * (3 + 2)
     for case in report["tasks"]["reversal"]["cases"]:
         tuned = [run for run in case["runs"] if run["seed"] == 0]
-        best = max(tuned, key=lambda run: run["validation"])
+        best = max(tuned, key=lambda run: (run["validation"], sum(score for _, score in run["curve"])))
         assert [run["rate"] for run in tuned] == [1e-3, 1e-2, 1e-1]
         assert {run["rate"] for run in case["runs"] if run["chosen"]} == {case["rate"]} == {best["rate"]}
         assert sorted(run["seed"] for run in case["runs"] if run["chosen"]) == [0, 1, 2]

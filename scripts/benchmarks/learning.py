@@ -24,9 +24,10 @@ from typing import Any
 
 from common import HERE, parse, prepare, write_report
 from learning_cases import Case, estimate, list_cases, missing_runs
-from learning_report import draw, markdown, summarize
+from learning_report import draw, markdown
 from learning_rows import ROWS, Row
 from learning_runs import Run, Store, execute
+from learning_summary import summarize
 from learning_tasks import SIZES, Task
 
 
@@ -38,6 +39,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = parse(arguments(), argv)
     device = prepare(options)
     os.environ.setdefault("OMP_NUM_THREADS", str(options.threads))  # for the processes to be started
+    start_worker(options.threads)
     store = Store(options.folder / options.size)
     tasks = choose_tasks(options)
     for task in tasks:

@@ -72,16 +72,20 @@ def missing_runs(case: Case, store: Store, seeds: Sequence[int], failed_too: Cal
 
 
 def best_run(case: Case, store: Store, seed: int) -> Run | None:
-    """Return the run of the grid that is best on validation, None if all have failed."""
-    best, best_score = None, None
+    """Return the run of the grid that is best on validation, None if all have failed.
+
+    Where several are perfect, the one that became so first is best: the one with the larger area under its curve.
+    """
+    best, best_score = None, (0.0, 0.0)
+    sign = 1 if case.task.metric.higher_is_better else -1
     for run in case.grid(seed):
-        score = (store.load(run) or {}).get("validation")
-        if (
-            score is not None
-            and isfinite(score)
-            and (best_score is None or case.task.metric.better(score, best_score))
-        ):
-            best, best_score = run, score
+        result = store.load(run) or {}
+        score = result.get("validation")
+        if score is None or not isfinite(score):
+            continue
+        ranked = (sign * score, sign * sum(value for _, value in result.get("curve", ())))
+        if best is None or ranked > best_score:
+            best, best_score = run, ranked
     return best
 
 

@@ -1,4 +1,7 @@
-"""From the results of single runs to a summary, a Markdown table and a plot."""
+"""From the summary of a learning benchmark to Markdown tables and a plot.
+
+Reads nothing but the JSON values that `learning_summary.py` makes, so a committed file is enough.
+"""
 
 from __future__ import annotations
 
@@ -7,69 +10,8 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-from learning_cases import Case, best_run
-from learning_runs import Run, Store, package_code
 
-
-RUN_KEYS = ("rate", "seed", "validation", "test", "remembered", "cpu_seconds", "wall_seconds", "error")
 EDGE, FEWER = "°", "ᶠ"
-
-
-def summarize(
-    cases: Sequence[Case], store: Store, *, seeds: Sequence[int], skipped: Sequence[Mapping[str, str]]
-) -> dict[str, Any]:
-    """Gather what all runs came to.
-
-    Args:
-        cases: What was run.
-        store: Where the results are.
-        seeds: Seeds; the first one tunes the learning rate.
-        skipped: Rows that the package does not know.
-
-    Returns:
-        JSON values: for each task its metrics and budget, and for each case the chosen rate and every run.
-    """
-    tasks = {}
-    for case in cases:
-        task = case.task
-        about = tasks.setdefault(
-            task.name,
-            {
-                "title": task.title,
-                "metric": vars(task.metric),
-                "forgetting": vars(task.forgetting) if task.forgetting else None,
-                "blocks": list(task.blocks),
-                "spec": task.spec(),
-                "cases": [],
-            },
-        )
-        about["cases"].append(summary_of(case, store, seeds))
-    return {"seeds": list(seeds), "skipped": list(skipped), "tasks": tasks}
-
-
-def summary_of(case: Case, store: Store, seeds: Sequence[int]) -> dict[str, Any]:
-    """Summarize one row on one task with one number of blocks."""
-    best = best_run(case, store, seeds[0])
-    chosen = [] if best is None else [best, *case.repeats(best.rate, seeds[1:])]
-    grid = case.grid(seeds[0])
-    results = {store.path(run).name: (run, store.load(run)) for run in [*grid, *chosen]}
-    rates = [run.rate for run in grid]
-    local = case.row.method == "local"
-    return {
-        "row": case.row.name,
-        "method": case.row.method,
-        "num_blocks": case.num_blocks,
-        "rate": best.rate if best else None,
-        "at_edge": best is not None and len(rates) > 1 and best.rate in (rates[0], rates[-1]),
-        "settings": case.row.settings(case.num_blocks),
-        "other_code": local and any(result and result["code"] != package_code() for _, result in results.values()),
-        "curve": (store.load(best) or {}).get("curve") if best else None,
-        "runs": [{**_short(run, result), "chosen": run in chosen} for run, result in results.values() if result],
-    }
-
-
-def _short(run: Run, result: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: result[key] for key in RUN_KEYS if key in result}
 
 
 def scores(case: Mapping[str, Any], key: str = "test") -> list[float]:
@@ -81,7 +23,7 @@ def markdown(report: Mapping[str, Any]) -> list[str]:
     """Return the tables, one per task, as lines of Markdown."""
     lines: list[str] = []
     for task in report["tasks"].values():
-        lines += [*table_of(task, len(report["seeds"])), ""]
+        lines += [*table_of(task, len(report["seeds"])), "", *curves_of(task)]
     lines.append(
         f"Mean ± standard deviation over seeds {', '.join(map(str, report['seeds']))}. {EDGE}: the best learning rate "
         f"is at the edge of the grid. {FEWER}: a run with the chosen rate failed."
@@ -115,6 +57,22 @@ def table_of(task: Mapping[str, Any], num_seeds: int) -> list[str]:
             ]
         lines.append(f"| {row} | {' | '.join(cells)} |")
     return lines
+
+
+def curves_of(task: Mapping[str, Any]) -> list[str]:
+    """Return how far each row was in the course of training, for a task that records it: means over seeds."""
+    lines = []
+    for case in task["cases"]:
+        curves = [run["curve"] for run in case["runs"] if run["chosen"] and run.get("curve")]
+        if not curves:
+            continue
+        steps = [step for step, _ in curves[0]][1::2]
+        if not lines:
+            lines = [f"| step | {' | '.join(map(str, steps))} |", "|---|" + "---|" * len(steps)]
+        means = [mean(dict(curve)[step] for curve in curves) for step in steps]
+        cut = f", K = {case['num_blocks']}" if case["num_blocks"] else ""
+        lines.append(f"| {case['row']}{cut} | {' | '.join(format(m, task['metric']['form']) for m in means)} |")
+    return [*lines, ""] if lines else []
 
 
 def cell(case: Mapping[str, Any] | None, key: str, form: str, num_seeds: int) -> str:

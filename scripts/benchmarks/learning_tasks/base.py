@@ -42,10 +42,6 @@ class Metric:
     higher_is_better: bool
     form: str = ".3f"
 
-    def better(self, one: float, other: float) -> bool:
-        """Tell whether the first score is better than the second."""
-        return one > other if self.higher_is_better else one < other
-
 
 ACCURACY = Metric("accuracy", higher_is_better=True)
 PERPLEXITY = Metric("perplexity", higher_is_better=False, form=".2f")

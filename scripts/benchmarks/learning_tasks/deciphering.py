@@ -45,7 +45,7 @@ class Deciphering(Task):
     width: int = 96
     heads: int = 4
     letters: int = 31
-    masked: float = 0.15
+    masked: float = 0.3
     train_share: float = 0.5
     validation_share: float = 0.15
     train_texts: int = 4000

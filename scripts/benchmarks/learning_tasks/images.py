@@ -29,7 +29,7 @@ class Images(Task):
     forgetting: ClassVar[Metric | None] = Metric("accuracy, old domain", higher_is_better=True)
 
     blocks: tuple[int, ...] = (2, 4)
-    rates: tuple[float, ...] = (5e-4, 1e-3, 2e-3)
+    rates: tuple[float, ...] = (8e-4, 2e-3, 5e-3)
     budget: dict[str, Any] = field(
         default_factory=lambda: {"num_train_epochs": 12, "per_device_train_batch_size": 32, "warmup_steps": 0.1}
     )

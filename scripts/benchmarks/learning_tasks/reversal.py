@@ -33,7 +33,7 @@ class Reversal(Task):
     curve_every: ClassVar[int | None] = 20
 
     blocks: tuple[int, ...] = (4, 10, 20)
-    rates: tuple[float, ...] = (7.5e-4, 1.5e-3, 3e-3)
+    rates: tuple[float, ...] = (1e-3, 2e-3, 4e-3)
     budget: dict[str, Any] = field(
         default_factory=lambda: {"max_steps": 200, "per_device_train_batch_size": 64, "warmup_steps": 0.1}
     )
