@@ -37,16 +37,8 @@ class Inline(Executor):
 @pytest.fixture
 def scripts(monkeypatch):
     monkeypatch.syspath_prepend(str(BENCHMARKS))
-    names = (
-        "learning",
-        "learning_cases",
-        "learning_report",
-        "learning_rows",
-        "learning_runs",
-        "learning_summary",
-        "learning_tasks",
-    )
-    return {name: importlib.import_module(name) for name in names}
+    names = ("", "_cases", "_report", "_rows", "_runs", "_summary", "_tasks")
+    return {f"learning{name}": importlib.import_module(f"learning{name}") for name in names}
 
 
 @pytest.fixture
@@ -229,3 +221,37 @@ def test_adapters_are_merged_into_a_plain_model(scripts, store, tiny):
     }
     assert changed
     assert all("layer." in name for name in changed)
+
+
+def test_a_margin_is_counted_from_freezing_to_backpropagation(scripts):
+    def case(row, method, score, num_blocks=2):
+        runs = [{"chosen": True, "test": score}]
+        return {"row": row, "method": method, "num_blocks": num_blocks, "rate": 1.0, "at_edge": False, "runs": runs}
+
+    cases = [
+        case("all", "backpropagation", 10.0, None),
+        case("frozen", "freeze", 40.0),
+        case("half", "local", 20.0),
+        case("worse", "local", 80.0),
+    ]
+    metric = {"name": "perplexity", "higher_is_better": False, "form": ".2f"}
+    report = {"tasks": {"words": {"title": "Words", "metric": metric, "cases": cases}}}
+    lines = scripts["learning_report"].margins(report)
+    assert lines[-2:] == ["| half | 0.50 |", "| worse | -0.50 |"]
+
+
+def test_every_kind_of_row_runs_and_everything_is_reported(scripts, store, tiny):
+    known = scripts["learning_rows"].ROWS
+    names = [name for name in known if name != "kappel2023"]
+    pretrained = type("Pretrained", (type(tiny),), {"pretrained": True, "curve_every": 2, "name": "pretrained"})
+    task = pretrained(**{name: value for name, value in replace(tiny, rates=(1e-2,)).spec().items() if name != "task"})
+    store._prepared[task.name], store._fingerprints[task.name] = store.prepare(tiny), "the same"
+    _, report = run_rows(scripts, store, task, some(scripts, *names), seeds=(0,))
+    report = json.loads(json.dumps(report))
+    cases = report["tasks"]["pretrained"]["cases"]
+    assert [case["row"] for case in cases] == names
+    assert all("error" not in run for case in cases for run in case["runs"])
+    lines = scripts["learning_report"].markdown(report)
+    for name in names:
+        assert any(line.startswith(f"| {name} | ") for line in lines), name
+    assert "| step | 4 |" in lines

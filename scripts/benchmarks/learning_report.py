@@ -6,6 +6,7 @@ Reads nothing but the JSON values that `learning_summary.py` makes, so a committ
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from math import log
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -24,6 +25,7 @@ def markdown(report: Mapping[str, Any]) -> list[str]:
     lines: list[str] = []
     for task in report["tasks"].values():
         lines += [*table_of(task, len(report["seeds"])), "", *curves_of(task)]
+    lines += [*margins(report), ""]
     lines.append(
         f"Mean ± standard deviation over seeds {', '.join(map(str, report['seeds']))}. {EDGE}: the best learning rate "
         f"is at the edge of the grid. {FEWER}: a run with the chosen rate failed."
@@ -57,6 +59,40 @@ def table_of(task: Mapping[str, Any], num_seeds: int) -> list[str]:
             ]
         lines.append(f"| {row} | {' | '.join(cells)} |")
     return lines
+
+
+def margins(report: Mapping[str, Any]) -> list[str]:
+    """Return where each block-local row stands between freezing (0) and backpropagation (1), in one table.
+
+    Perplexities are compared by their logarithms. Tasks without a frozen row are left out.
+    """
+    columns: dict[str, dict[str, str]] = {}
+    for task in report["tasks"].values():
+        values = {
+            (case["row"], case["num_blocks"]): (case["method"], _on_scale(mean(scores(case)), task["metric"]))
+            for case in task["cases"]
+            if scores(case)
+        }
+        full = next((value for method, value in values.values() if method == "backpropagation"), None)
+        frozen = {blocks: value for (_, blocks), (method, value) in values.items() if method == "freeze"}
+        for (row, blocks), (method, value) in values.items():
+            if method == "local" and full is not None and full != frozen.get(blocks, full):
+                share = (value - frozen[blocks]) / (full - frozen[blocks])
+                columns.setdefault(f"{task['title']}, K = {blocks}", {})[row] = f"{share:.2f}"
+    if not columns:
+        return []
+    lines = [
+        "**The margin.** What freezing the lower blocks reaches is 0, what backpropagation reaches is 1.",
+        "",
+        f"|  | {' | '.join(columns)} |",
+        "|---|" + "---|" * len(columns),
+    ]
+    rows = dict.fromkeys(row for column in columns.values() for row in column)
+    return lines + [f"| {row} | {' | '.join(column.get(row, '') for column in columns.values())} |" for row in rows]
+
+
+def _on_scale(score: float, metric: Mapping[str, Any]) -> float:
+    return score if metric["higher_is_better"] else -log(score)
 
 
 def curves_of(task: Mapping[str, Any]) -> list[str]:

@@ -41,11 +41,12 @@ class Deciphering(Task):
     budget: dict[str, Any] = field(
         default_factory=lambda: {"num_train_epochs": 1, "per_device_train_batch_size": 32, "warmup_steps": 0.1}
     )
-    layers: int = 4
+    encoder_layers: int = 6
+    decoder_layers: int = 2
     width: int = 96
     heads: int = 4
     letters: int = 31
-    masked: float = 0.3
+    masked: float = 0.15
     train_share: float = 0.5
     validation_share: float = 0.15
     train_texts: int = 4000
@@ -63,7 +64,7 @@ class Deciphering(Task):
     @property
     def num_layers(self) -> int:
         """Layers of encoder and decoder together."""
-        return 2 * self.layers
+        return self.encoder_layers + self.decoder_layers
 
     def build(self, folder: Path) -> Data:
         """Cut docstrings into pieces; pretrain on those of train as they are."""
@@ -114,8 +115,8 @@ class Deciphering(Task):
             vocab_size=len(LETTERS) + MASK + 1,
             max_position_embeddings=self.letters + 1,
             d_model=self.width,
-            encoder_layers=self.layers,
-            decoder_layers=self.layers,
+            encoder_layers=self.encoder_layers,
+            decoder_layers=self.decoder_layers,
             encoder_attention_heads=self.heads,
             decoder_attention_heads=self.heads,
             encoder_ffn_dim=4 * self.width,
