@@ -255,3 +255,11 @@ def test_every_kind_of_row_runs_and_everything_is_reported(scripts, store, tiny)
     for name in names:
         assert any(line.startswith(f"| {name} | ") for line in lines), name
     assert "| step | 4 |" in lines
+
+
+def test_every_row_has_its_command_in_the_list(scripts):
+    listed = (ROOT / "configs" / "README.md").read_text(encoding="utf-8")
+    references = [name for task in scripts["learning_tasks"].SIZES["small"].values() for name in task.references]
+    for name in [*scripts["learning_rows"].ROWS, *references]:
+        words = f'"{name}"' if " " in name else name
+        assert f"| {name} | `python scripts/benchmarks/learning.py --rows {words}` |" in listed, name

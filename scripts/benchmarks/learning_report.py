@@ -140,7 +140,7 @@ def draw(report: Mapping[str, Any], path: Path) -> None:
         matplotlib.use("Agg")
         from matplotlib import pyplot
     except ModuleNotFoundError:
-        raise SystemExit("--plot needs matplotlib: pip install matplotlib. The table is written already.") from None
+        raise SystemExit("--plot needs matplotlib: pip install 'hf-blocklocal[plots]'. The table is written already.") from None
     tasks = list(report["tasks"].values())
     figure, axes = pyplot.subplots(1, len(tasks), figsize=(4.2 * len(tasks), 3.8), squeeze=False)
     for axis, task in zip(axes[0], tasks, strict=True):
@@ -163,12 +163,12 @@ def _draw_row(axis: Any, row: str, cases: Sequence[Mapping[str, Any]]) -> None:
         return
     means = [mean(scores(case)) for case in cases]
     if cases[0]["num_blocks"] is None:
-        style = {"backpropagation": ("black", "-"), "lora": ("grey", "--")}
-        color, line = style.get(cases[0]["method"], ("lightgrey", ":"))
+        style = {"backpropagation": ("black", "-"), "lora": ("grey", ":")}
+        color, line = style.get(cases[0]["method"], ("lightgrey", "-."))
         axis.axhline(means[0], color=color, linestyle=line, label=row)
         return
     low = [value - min(scores(case)) for value, case in zip(means, cases, strict=True)]
     high = [max(scores(case)) - value for value, case in zip(means, cases, strict=True)]
-    extra = {"color": "tab:blue", "linestyle": "--"} if cases[0]["method"] == "freeze" else {}
+    extra = {"color": "black", "linestyle": "--"} if cases[0]["method"] == "freeze" else {}
     blocks = [case["num_blocks"] for case in cases]
     axis.errorbar(blocks, means, yerr=[low, high], marker="o", markersize=3, capsize=2, label=row, **extra)
