@@ -53,6 +53,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(options.jobs, context, start_worker, (options.threads,)) as pool:
         run_all(cases, store, pool, seeds=options.seeds, jobs=options.jobs, again=options.again)
+    if options.output is None and (options.tasks or options.rows or options.blocks):
+        options.output = store.folder / "selection.json"  # the committed file is of the whole
     report = summarize(cases, store, seeds=options.seeds, skipped=skipped)
     print("\n".join(markdown(report)))
     print(f"\nWritten to {write_report('learning', device, options, report)}")
@@ -73,7 +75,9 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--threads", type=int, default=1, help="Threads of each process.")
     parser.add_argument("--device", choices=["cpu", "cuda"], help="Default: cuda where there is one.")
     parser.add_argument("--folder", type=Path, default=FOLDER, help="Where every run leaves its file.")
-    parser.add_argument("--output", type=Path, help="JSON file. Default: results/learning-<cpu|gpu>.json.")
+    parser.add_argument(
+        "--output", type=Path, help="JSON file. Default: results/learning-<cpu|gpu>.json for the whole."
+    )
     parser.add_argument("--plot", type=Path, help="Image to draw; needs matplotlib.")
     parser.add_argument("--again", action="store_true", help="Run once more what has failed.")
     parser.add_argument("--plan", action="store_true", help="Print the estimate and stop.")

@@ -140,7 +140,9 @@ def draw(report: Mapping[str, Any], path: Path) -> None:
         matplotlib.use("Agg")
         from matplotlib import pyplot
     except ModuleNotFoundError:
-        raise SystemExit("--plot needs matplotlib: pip install 'hf-blocklocal[plots]'. The table is written already.") from None
+        raise SystemExit(
+            "--plot needs matplotlib: pip install 'hf-blocklocal[plots]'. The table is written already."
+        ) from None
     tasks = list(report["tasks"].values())
     figure, axes = pyplot.subplots(1, len(tasks), figsize=(4.2 * len(tasks), 3.8), squeeze=False)
     for axis, task in zip(axes[0], tasks, strict=True):
