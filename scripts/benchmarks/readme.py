@@ -48,10 +48,13 @@ def between(readme: str, name: str) -> str:
 def sections() -> dict[str, str]:
     """Return every section as Markdown, by name."""
     benchmarks = [*memory(load("memory-cpu")), "", *step_time(load("step_time-cpu")), "", *share()]
-    return {
+    result = {
         "quickstart": "\n".join(quickstart(load("quickstart-cpu"))) + "\n",
         "benchmarks": "\n".join(benchmarks) + "\n",
     }
+    if (HERE / "results" / "learning-cpu.json").is_file():
+        result["learning"] = "\n".join(learning(load("learning-cpu"))) + "\n"
+    return result
 
 
 def quickstart(report: dict[str, Any]) -> list[str]:
@@ -89,6 +92,14 @@ def where(report: dict[str, Any]) -> str:
     packages = ", ".join(f"{name} {version}" for name, version in versions.items())
     cores, threads = machine["cores"], machine["threads"]
     return f"`{report['command']}`, one run on {cores} shared CPU cores, {threads} thread, {packages}"
+
+
+def learning(report: dict[str, Any]) -> list[str]:
+    """How well block-local learning learns, task by task."""
+    sys.path.insert(0, str(HERE))
+    from learning_report import markdown
+
+    return [f"**Learning.** Measured by {where(report).replace(', one run', '')}.", "", *markdown(report)]
 
 
 def memory(report: dict[str, Any]) -> list[str]:
