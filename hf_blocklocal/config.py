@@ -17,6 +17,7 @@ from hf_blocklocal.errors import ConfigError
 
 CONFIG_NAME = "block_local_config.json"
 DEFAULT_BLOCKS = 2
+DEFAULT_HEAD_LAYERS = 2
 
 PRESETS: dict[str, dict[str, Any]] = {
     # Nokland & Eidnes (2019), arXiv 1901.06656: a linear classifier on the output of each block.
@@ -66,10 +67,11 @@ class BlockLocalConfig:
         "auto", "Exponential family of the messages."
     )
     latent_dim: int = _help(128, "Units of the latent between a block and a learned feedback network.")
-    head_layers: int = _help(
-        0,
+    head_layers: int | None = _help(
+        None,
         "Layers above a block that its head borrows, evenly spread, live and read-only, with the model's own task "
-        "head. 0 is a light linear readout; all of them give the very gradient of backpropagation.",
+        "head. 0 is a light linear readout; all of them give the very gradient of backpropagation. Default: 2 where "
+        "feedback, loss and family are left to us and the model has a single stack of layers, else 0.",
     )
     overlap: int = _help(
         0,
@@ -124,6 +126,14 @@ class BlockLocalConfig:
         self._check_head()
         self._check_cut()
 
+    @property
+    def borrowed(self) -> int:
+        """Layers that a head borrows: `head_layers`, or what is chosen where it is left out."""
+        if self.head_layers is not None:
+            return self.head_layers
+        free = self.feedback == self.loss == self.family == "auto"
+        return DEFAULT_HEAD_LAYERS if free else 0
+
     def _check_choices(self) -> None:
         for name, hint in get_type_hints(type(self)).items():
             choices = get_args(hint)
@@ -135,7 +145,7 @@ class BlockLocalConfig:
         positive = dict.fromkeys(("num_blocks", "latent_dim", "negatives", "global_every"), 1)
         for name, least in {**positive, "head_layers": 0, "overlap": 0, "head_warmup_steps": 0}.items():
             value = getattr(self, name)
-            if value is None and name in ("negatives", "global_every"):
+            if value is None and name in ("negatives", "global_every", "head_layers"):
                 continue
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise ConfigError(f"{name} must be a whole number of at least {least}, got {value!r}.")
@@ -172,7 +182,7 @@ class BlockLocalConfig:
             raise ConfigError(f"satisfied_at must be a probability between 0 and 1, or left out; got {margin!r}.")
 
     def _check_head(self) -> None:
-        if self.head_layers > 0 and self.feedback == "direct":
+        if self.borrowed > 0 and self.feedback == "direct":
             raise ConfigError(
                 f"head_layers={self.head_layers} and feedback='direct' exclude each other: a head that borrows layers "
                 "predicts with the model's own task head. Use feedback='auto'."

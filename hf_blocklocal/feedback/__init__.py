@@ -50,7 +50,7 @@ def build_head(
         TargetError: If the chosen feedback or family cannot carry targets of this task, or gives no probability where
             `satisfied_at` asks for one.
     """
-    borrows = config.head_layers > 0
+    borrows = config.borrowed > 0
     feedback_name = config.feedback
     if feedback_name == "auto":
         feedback_name = "direct" if DirectFeedback.fits(task) and not borrows else "label"

@@ -79,8 +79,10 @@ PUBLISHED = [
     Row("kappel2023", "local", {"preset": "kappel2023"}),
 ]
 CANDIDATES = [
-    Row("default", "local"),
+    Row("linear heads", "local", {"head_layers": 0}),
     Row("head_layers=1", "local", {"head_layers": 1}),
-    Row("head_layers=2", "local", {"head_layers": 2}),
+    Row("default", "local"),
+    Row("smaller steps below", "local", {"block_lr_decay": 0.3}),
+    Row("polished", "local", {"polish": 0.2}),
 ]
 ROWS = {row.name: row for row in [*BASELINES, *PUBLISHED, *CANDIDATES]}
