@@ -192,7 +192,7 @@ def test_direct_feedback_learns_from_sampled_candidates(family):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_direct_feedback_of_any_family_lowers_the_loss_of_the_first_block_of_a_model(borrow, family, specimen):
     model, batch = borrow(specimen), SPECIMENS[specimen].batch(0)
-    config = BlockLocalConfig(num_blocks=2, feedback="direct", family=family, latent_dim=16, negatives=None)
+    config = BlockLocalConfig(num_blocks=2, feedback="direct", family=family, latent_dim=12, negatives=None)
     assembly = assemble(model, config, batch)
     optimizer = torch.optim.Adam(assembly.parameters[0], lr=0.02)
     losses = []
