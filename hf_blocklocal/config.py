@@ -63,7 +63,7 @@ class BlockLocalConfig:
     loss: Literal["auto", "contrast", "agreement"] = _help(
         "auto", "Loss where a block's message and the target's message meet. Each feedback network has its own."
     )
-    family: Literal["auto", "gaussian", "bernoulli", "categorical"] = _help(
+    family: Literal["auto", "gaussian", "bernoulli", "categorical", "vmf"] = _help(
         "auto", "Exponential family of the messages."
     )
     latent_dim: int = _help(128, "Units of the latent between a block and a learned feedback network.")

@@ -188,6 +188,28 @@ def test_direct_feedback_learns_from_sampled_candidates(family):
     assert_learns(head)
 
 
+@pytest.mark.parametrize("specimen", ["bert", "gpt2"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_direct_feedback_of_any_family_lowers_the_loss_of_the_first_block_of_a_model(borrow, family, specimen):
+    model, batch = borrow(specimen), SPECIMENS[specimen].batch(0)
+    config = BlockLocalConfig(num_blocks=2, feedback="direct", family=family, latent_dim=12, negatives=None)
+    assembly = assemble(model, config, batch)
+    optimizer = torch.optim.Adam(assembly.parameters[0], lr=0.02)
+    losses = []
+
+    def backward(loss):
+        losses.append(loss.item())
+        loss.backward()
+
+    for _ in range(25):
+        targets = assembly.read_targets(batch)
+        with assembly.step.teach(targets, scale=1.0, backward=backward, learned=lambda *done: optimizer.step()):
+            model(**batch)
+        optimizer.zero_grad()
+    assert len(losses) == 25
+    assert losses[-1] < 0.6 * losses[0]
+
+
 @pytest.mark.parametrize("name", FEEDBACK)
 def test_every_feedback_names_a_loss_that_there_is(name):
     assert FEEDBACK[name].loss in LOSSES
