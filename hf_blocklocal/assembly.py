@@ -210,15 +210,16 @@ def assemble(
 
 
 def _with_head_layers(model: nn.Module, config: BlockLocalConfig, trace: Trace) -> BlockLocalConfig:
-    """Settle how many layers the heads borrow: none from a model with several stacks, if that is left to us."""
-    if trace.stacks[-1] == 0:
-        return replace(config, head_layers=config.borrowed)
-    if config.head_layers:
+    """Settle how many layers the heads borrow: by default none over a vocabulary, nor from several stacks."""
+    num_stacks = trace.stacks[-1] + 1
+    if config.head_layers and num_stacks > 1:
         raise UnsupportedSettingError(
             f"head_layers needs a model with one stack of layers, and {type(model).__name__} has "
-            f"{trace.stacks[-1] + 1}: an encoder cannot skip to the decoder's layers yet. Use head_layers=0."
+            f"{num_stacks}: an encoder cannot skip to the decoder's layers yet. Use head_layers=0."
         )
-    return replace(config, head_layers=0)
+    if config.head_layers is None and (num_stacks > 1 or trace.task.target == "vocabulary"):
+        return replace(config, head_layers=0)
+    return replace(config, head_layers=config.borrowed)
 
 
 def _uncut(model: nn.Module, config: BlockLocalConfig) -> Assembly:

@@ -94,9 +94,7 @@ class GradientAlignmentCallback(BlockCallback):
             backward=backward,
             learned=learned,
             inputs=inputs,
-            custom_loss=custom_loss(
-                self.trainer.compute_loss_func, inputs["labels"], targets, None, processes=1
-            ),
+            custom_loss=custom_loss(self.trainer.compute_loss_func, inputs["labels"], targets, None, processes=1),
         )
         with lesson:
             backward(self.trainer.compute_loss(self.trainer.model, dict(inputs)))

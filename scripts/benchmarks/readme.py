@@ -64,19 +64,20 @@ def quickstart(report: dict[str, Any]) -> list[str]:
     from train import report as table
 
     versions = ", ".join(f"{name} {version}" for name, version in report["versions"].items())
-    borrowed = load("quickstart-borrowed-cpu")
+    borrowed, plain = load("quickstart-borrowed-cpu"), report["outcomes"][-1]
     return [
-        f"`make quickstart` ends with this table (one run, {report['cores']} CPU cores, {versions}):",
+        f"`make quickstart` ends with this table (one run, {report['cores']} CPU cores, {versions}; the plain Trainer",
+        "in a run of its own):",
         "",
         "```",
-        *table([Outcome(**outcome) for outcome in report["outcomes"]]).splitlines(),
+        *table([*(Outcome(**outcome) for outcome in borrowed["outcomes"]), Outcome(**plain)]).splitlines(),
         "```",
         "",
-        "With heads that borrow two layers from above their block (`python scripts/train.py",
-        "configs/train/quickstart.yaml block_local.head_layers=2 baseline=false`, one run):",
+        "With linear heads, which borrow nothing (`python scripts/train.py",
+        "configs/train/quickstart.yaml block_local.head_layers=0`, one run):",
         "",
         "```",
-        *table([Outcome(**outcome) for outcome in borrowed["outcomes"]]).splitlines(),
+        *table([Outcome(**outcome) for outcome in report["outcomes"][:-1]]).splitlines(),
         "```",
     ]
 
