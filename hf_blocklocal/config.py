@@ -71,8 +71,8 @@ class BlockLocalConfig:
         None,
         "Layers above a block that its head borrows, evenly spread, live and read-only, with the model's own task "
         "head. 0 is a light linear readout; all of them give the very gradient of backpropagation. Default: 2 where "
-        "feedback, loss and family are auto, the model has one stack of layers and targets are not tokens; else 0. Two "
-        "live layers beat freezing in all we measured with classes (README); tokens would cost a language-model head.",
+        "feedback, loss and family are auto, the model has one stack of layers and targets are not tokens, else 0. "
+        "Measured at K = 2 (README): freezing .735, m = 0 .898, m = 2 .914, backpropagation .909.",
     )
     overlap: int = _help(
         0,
