@@ -14,6 +14,7 @@ FLOORS = [
     [
         "anatomy",
         "anchor",
+        "bessel",
         "compilation",
         "config",
         "data_parallel",

@@ -34,7 +34,7 @@ def heads_for(config, *, classes=3, seed=0):
         )
 
 
-CONFIG = BlockLocalConfig(boundaries=(2, 4), latent_dim=5)
+CONFIG = BlockLocalConfig(boundaries=(2, 4), latent_dim=5, head_layers=0)
 CUT = cut_at(2, 4)
 
 
@@ -101,7 +101,9 @@ def test_a_folder_without_heads_is_refused(tmp_path):
 
 @pytest.mark.parametrize("boundaries", [(3,), (1, 2, 3), (2, 5), ()])
 def test_heads_of_another_cut_are_refused_with_both_cuts(folder, boundaries):
-    text = assert_refused(heads_for(BlockLocalConfig(boundaries=boundaries)), folder, cut_at(*boundaries))
+    text = assert_refused(
+        heads_for(BlockLocalConfig(boundaries=boundaries, head_layers=0)), folder, cut_at(*boundaries)
+    )
     assert text == (
         f"The heads in {folder / HEADS_NAME} belong to 3 blocks with boundaries [2, 4], but this run has "
         f"{len(boundaries) + 1} blocks with boundaries {list(boundaries)}. Use "
@@ -110,7 +112,7 @@ def test_heads_of_another_cut_are_refused_with_both_cuts(folder, boundaries):
 
 
 def test_a_tensor_of_another_shape_is_named_with_both_shapes(folder):
-    text = assert_refused(heads_for(BlockLocalConfig(boundaries=(2, 4), latent_dim=7)), folder, CUT)
+    text = assert_refused(heads_for(BlockLocalConfig(boundaries=(2, 4), latent_dim=7, head_layers=0)), folder, CUT)
     assert text == (
         f"The heads in {folder / HEADS_NAME} do not fit: 0.feedback.table.weight has shape (3, 5) in the file and "
         "(3, 7) here. They were made for another model, or with another latent_dim."

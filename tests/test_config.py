@@ -117,8 +117,8 @@ REFUSALS = {
         "loss='mse' is not known. Choose one of ['auto', 'contrast', 'agreement', 'kappel2023'].",
     ),
     "unknown family": (
-        {"family": "vmf"},
-        "family='vmf' is not known. Choose one of ['auto', 'gaussian', 'bernoulli', 'categorical'].",
+        {"family": "laplace"},
+        "family='laplace' is not known. Choose one of ['auto', 'gaussian', 'bernoulli', 'categorical', 'vmf'].",
     ),
     "unknown readout": (
         {"readout": "deep"},

@@ -126,7 +126,7 @@ def test_without_targets_there_are_no_metrics():
 @pytest.mark.parametrize("name", ["bert", "bert_tokens", "bert_regression", "gpt2", "t5"])
 def test_watching_a_forward_pass_scores_every_head_sample_by_sample(name, borrow):
     model, batch = borrow(name).eval(), SPECIMENS[name].batch(0)
-    assembly = assemble(model, BlockLocalConfig(boundaries=(1, 2)), batch)
+    assembly = assemble(model, BlockLocalConfig(boundaries=(1, 2), head_layers=0), batch)
     targets = assembly.read_targets(batch, whole_vocabulary=True)
     hidden = []
     with torch.no_grad():
@@ -151,7 +151,7 @@ def test_watching_a_forward_pass_scores_every_head_sample_by_sample(name, borrow
 
 def test_scores_are_kept_only_of_a_pass_that_went_through(borrow):
     model, batch = borrow("bert"), SPECIMENS["bert"].batch(0)
-    assembly = assemble(model, BlockLocalConfig(), batch)
+    assembly = assemble(model, BlockLocalConfig(head_layers=0), batch)
     scores = BlockScores(assembly.step)
     with pytest.raises(ArithmeticError), scores.watch(assembly.read_targets(batch), batch):
         raise ArithmeticError("on purpose")

@@ -57,7 +57,7 @@ def head_for(task, *, smoothing=0.0, **options):
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         return build_head(
-            BlockLocalConfig(latent_dim=Z, **options),
+            BlockLocalConfig(latent_dim=Z, **{"head_layers": 0, **options}),
             task,
             hidden_width=D,
             alignment="position" if task.per_position else "pooled",
@@ -208,6 +208,28 @@ def test_direct_feedback_learns_from_sampled_candidates(family):
     assert head.logits(normal(B, S, D), targets).shape == (B * S, len(targets.candidates.log_weights_C))
     loss_N.sum().backward()
     assert_learns(head)
+
+
+@pytest.mark.parametrize("specimen", ["bert", "gpt2"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_direct_feedback_of_any_family_lowers_the_loss_of_the_first_block_of_a_model(borrow, family, specimen):
+    model, batch = borrow(specimen), SPECIMENS[specimen].batch(0)
+    config = BlockLocalConfig(num_blocks=2, feedback="direct", family=family, latent_dim=12, negatives=None)
+    assembly = assemble(model, config, batch)
+    optimizer = torch.optim.Adam(assembly.parameters[0], lr=0.02)
+    losses = []
+
+    def backward(loss):
+        losses.append(loss.item())
+        loss.backward()
+
+    for _ in range(25):
+        targets = assembly.read_targets(batch)
+        with assembly.step.teach(targets, scale=1.0, backward=backward, learned=lambda *done: optimizer.step()):
+            model(**batch)
+        optimizer.zero_grad()
+    assert len(losses) == 25
+    assert losses[-1] < 0.6 * losses[0]
 
 
 @pytest.mark.parametrize("name", FEEDBACK)

@@ -17,7 +17,7 @@ OTHER_KERNEL = {"t5": 1e-5}
 def assembled(name, num_blocks):
     specimen = SPECIMENS[name]
     model, batch = specimen.build(), specimen.batch(0)
-    return assemble(model, BlockLocalConfig(num_blocks=num_blocks), batch), model, batch
+    return assemble(model, BlockLocalConfig(num_blocks=num_blocks, head_layers=0), batch), model, batch
 
 
 def gradients_of_one_block(assembly, model, batch, block):

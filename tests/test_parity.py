@@ -181,7 +181,7 @@ def test_a_block_learns_the_same_wherever_the_blocks_above_it_are_cut(tmp_path):
             specimen.build(),
             arguments(tmp_path, max_steps=6),
             train_dataset=examples(specimen),
-            block_local=BlockLocalConfig(boundaries=boundaries),
+            block_local=BlockLocalConfig(boundaries=boundaries, head_layers=0),
         )
         trainer.train()
         state = trainer.model.state_dict()

@@ -109,7 +109,7 @@ def test_the_preset_sim_teaches_the_block_by_similarity_and_the_readout_beside_i
 
 
 def test_direct_feedback_goes_with_similarity_too():
-    head, plain, targets = head_of(CLASSES, sim=0.3), head_of(CLASSES), targets_of(CLASSES)
+    head, plain, targets = head_of(CLASSES, sim=0.3), head_of(CLASSES, head_layers=0), targets_of(CLASSES)
     plain.load_state_dict({key: value for key, value in head.state_dict().items() if "similarity" not in key})
     hidden = normal(B, S, D)
     expected = 0.7 * plain(hidden, targets).mean() + 0.3 * reference_sim(head, hidden, targets)

@@ -27,7 +27,7 @@ def of_lower_blocks(trainer):
 @pytest.mark.parametrize("accumulation", [1, 2])
 @pytest.mark.parametrize("name", ["bert", "gpt2", "mixtral", "t5"])
 def test_only_heads_and_the_last_block_learn_at_first(name, accumulation, step_per_block, tmp_path):
-    config = BlockLocalConfig(num_blocks=4, head_warmup_steps=2, step_per_block=step_per_block)
+    config = BlockLocalConfig(num_blocks=4, head_warmup_steps=2, step_per_block=step_per_block, head_layers=0)
     settings = {"gradient_accumulation_steps": accumulation, "max_grad_norm": 0.5, "weight_decay": 0.1}
     trainer = make(name, tmp_path, config=config, max_steps=2, **settings)
     before = snapshot(trainer)

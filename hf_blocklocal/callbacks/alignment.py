@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from transformers import Trainer
 
 from hf_blocklocal.callbacks.base import BlockCallback, collated, undisturbed
-from hf_blocklocal.errors import TargetError
+from hf_blocklocal.errors import TargetError, UnsupportedSettingError
+from hf_blocklocal.scaling import custom_loss
 from hf_blocklocal.step import StepReport
 
 
@@ -38,11 +39,18 @@ class GradientAlignmentCallback(BlockCallback):
 
     Raises:
         TargetError: If no label of the batch counts; when training starts.
+        UnsupportedSettingError: With `overlap`, where a gradient has no single block that it comes from.
     """
 
     def __init__(self, trainer: Trainer, batch: Mapping[str, Any] | None = None, *, every: int = 50) -> None:
         super().__init__(trainer, every=every)
         self.batch = batch
+        overlap = trainer.block_local.overlap
+        if overlap > 0:
+            raise UnsupportedSettingError(
+                f"GradientAlignmentCallback and overlap={overlap} exclude each other: it compares the gradient of one "
+                "loss per block, and with overlap several losses reach a block. Leave one of the two out."
+            )
 
     def measure(self) -> dict[str, float]:
         """Return cosine and ratio of norms for each block that gets a gradient."""
@@ -86,7 +94,7 @@ class GradientAlignmentCallback(BlockCallback):
             backward=backward,
             learned=learned,
             inputs=inputs,
-            custom_loss=self.trainer._custom_loss(inputs["labels"], targets, None),
+            custom_loss=custom_loss(self.trainer.compute_loss_func, inputs["labels"], targets, None, processes=1),
         )
         with lesson:
             backward(self.trainer.compute_loss(self.trainer.model, dict(inputs)))

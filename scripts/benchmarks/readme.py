@@ -48,10 +48,13 @@ def between(readme: str, name: str) -> str:
 def sections() -> dict[str, str]:
     """Return every section as Markdown, by name."""
     benchmarks = [*memory(load("memory-cpu")), "", *step_time(load("step_time-cpu")), "", *share()]
-    return {
+    result = {
         "quickstart": "\n".join(quickstart(load("quickstart-cpu"))) + "\n",
         "benchmarks": "\n".join(benchmarks) + "\n",
     }
+    if (HERE / "results" / "learning-cpu.json").is_file():
+        result["learning"] = "\n".join(learning(load("learning-cpu"))) + "\n"
+    return result
 
 
 def quickstart(report: dict[str, Any]) -> list[str]:
@@ -61,19 +64,20 @@ def quickstart(report: dict[str, Any]) -> list[str]:
     from train import report as table
 
     versions = ", ".join(f"{name} {version}" for name, version in report["versions"].items())
-    borrowed = load("quickstart-borrowed-cpu")
+    borrowed, plain = load("quickstart-borrowed-cpu"), report["outcomes"][-1]
     return [
-        f"`make quickstart` ends with this table (one run, {report['cores']} CPU cores, {versions}):",
+        f"`make quickstart` ends with this table (one run, {report['cores']} CPU cores, {versions}; the plain Trainer",
+        "in a run of its own):",
         "",
         "```",
-        *table([Outcome(**outcome) for outcome in report["outcomes"]]).splitlines(),
+        *table([*(Outcome(**outcome) for outcome in borrowed["outcomes"]), Outcome(**plain)]).splitlines(),
         "```",
         "",
-        "With heads that borrow two layers from above their block (`python scripts/train.py",
-        "configs/train/quickstart.yaml block_local.head_layers=2 baseline=false`, one run):",
+        "With linear heads, which borrow nothing (`python scripts/train.py",
+        "configs/train/quickstart.yaml block_local.head_layers=0`, one run):",
         "",
         "```",
-        *table([Outcome(**outcome) for outcome in borrowed["outcomes"]]).splitlines(),
+        *table([Outcome(**outcome) for outcome in report["outcomes"][:-1]]).splitlines(),
         "```",
     ]
 
@@ -89,6 +93,14 @@ def where(report: dict[str, Any]) -> str:
     packages = ", ".join(f"{name} {version}" for name, version in versions.items())
     cores, threads = machine["cores"], machine["threads"]
     return f"`{report['command']}`, one run on {cores} shared CPU cores, {threads} thread, {packages}"
+
+
+def learning(report: dict[str, Any]) -> list[str]:
+    """How well block-local learning learns, task by task."""
+    sys.path.insert(0, str(HERE))
+    from learning_report import markdown
+
+    return [f"**Learning.** Measured by {where(report).replace(', one run', '')}.", "", *markdown(report)]
 
 
 def memory(report: dict[str, Any]) -> list[str]:

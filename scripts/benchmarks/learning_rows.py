@@ -1,0 +1,88 @@
+"""The rows of the learning table: a name, and how a model is trained with K blocks.
+
+A new idea is one line in `CANDIDATES`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+
+LORA = {"r": 8, "lora_alpha": 16, "lora_dropout": 0.0}
+
+Method = Literal["start", "backpropagation", "freeze", "lora", "local", "reference"]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One way of training.
+
+    Attributes:
+        name: What the table calls it.
+        method: The starting model as it is; the plain Trainer on all weights, on those of the last block, or on
+            adapters; `BlockLocalTrainer`; or a method that trains no transformer.
+        block_local: Fields of `BlockLocalConfig`; with `preset`, on top of that preset.
+    """
+
+    name: str
+    method: Method
+    block_local: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def depends_on_blocks(self) -> bool:
+        """Whether the number of blocks makes a difference."""
+        return self.method in ("freeze", "local")
+
+    @property
+    def learns(self) -> bool:
+        """Whether it has a learning rate to tune and a seed."""
+        return self.method not in ("start", "reference")
+
+    @property
+    def needs_pretraining(self) -> bool:
+        """Whether it makes no sense from scratch."""
+        return self.method in ("start", "freeze", "lora")
+
+    def settings(self, num_blocks: int | None) -> dict[str, Any]:
+        """Return all that the row depends on, defaults included, as JSON values.
+
+        Raises:
+            ConfigError: If this version of the package does not know the preset or a field.
+        """
+        settings: dict[str, Any] = {"method": self.method, "num_blocks": num_blocks}
+        if self.method == "lora":
+            settings["lora"] = LORA
+        if self.method == "local":
+            settings["block_local"] = self._config(num_blocks).to_dict()
+        if self.method == "reference":
+            settings["reference"] = self.name
+        return settings
+
+    def _config(self, num_blocks: int) -> Any:
+        from hf_blocklocal import BlockLocalConfig
+
+        given = {"num_blocks": num_blocks, "evaluate_blocks": False, **self.block_local}
+        preset = given.pop("preset", None)
+        return BlockLocalConfig.from_dict(given) if preset is None else BlockLocalConfig.from_preset(preset, **given)
+
+
+BASELINES = [
+    Row("not fine-tuned", "start"),
+    Row("backpropagation", "backpropagation"),
+    Row("freeze lower", "freeze"),
+    Row("LoRA", "lora"),
+]
+PUBLISHED = [
+    Row("pred", "local", {"preset": "pred"}),
+    Row("kappel2023", "local", {"preset": "kappel2023"}),
+]
+CANDIDATES = [
+    Row("linear heads", "local", {"head_layers": 0}),
+    Row("head_layers=1", "local", {"head_layers": 1}),
+    Row("default", "local"),
+    Row("smaller steps below", "local", {"block_lr_decay": 0.3}),
+    Row("polished", "local", {"polish": 0.2}),
+]
+ROWS = {row.name: row for row in [*BASELINES, *PUBLISHED, *CANDIDATES]}
