@@ -6,7 +6,7 @@ This is the place to start for a training loop of one's own; the trainer does no
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -54,7 +54,7 @@ class Assembly:
     """A model ready to be trained block by block.
 
     Attributes:
-        config: How it is cut and taught, `head_layers` settled.
+        config: How it is cut and taught.
         task: What it is to predict; None with a single block, which asks for nothing but the model's own loss.
         cut: Where it is cut.
         module: The model with its heads.
@@ -132,7 +132,7 @@ class Assembly:
             if head is not None:
                 taught = f"{type(head.feedback).__name__}, {type(head.loss).__name__} ({head.loss.family.name})"
                 if head.borrows:
-                    layers_above = borrowed_layers(self.cut, block, self.config.borrowed)
+                    layers_above = borrowed_layers(self.cut, block, self.config.head_layers)
                     taught += f" through layers {', '.join(map(str, layers_above))}"
             layers = f"{span.start}-{span.last}" if self.last > 0 else "all"
             rows.append((str(block), layers, f"{in_block:,}", f"{in_head:,}", taught))
@@ -183,7 +183,6 @@ def assemble(
     if config.num_blocks == 1:
         return _uncut(model, config)
     trace = trace_layers(model, find_stacks(model, config.layers), inputs)
-    config = _with_head_layers(model, config, trace)
     cut = plan_cut(trace, config)
     device = inputs["labels"].device
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
@@ -195,8 +194,9 @@ def assemble(
     boundaries = Boundaries(model, cut, router_loss.routers if router_loss else None)
     reach = trace_reach(model, boundaries, inputs)
     shortcut = None
-    if config.borrowed > 0:
-        shortcut = Shortcut(model, cut, trace.forms, config.borrowed, reach)
+    if config.head_layers > 0:
+        _check_single_stack(model, trace)
+        shortcut = Shortcut(model, cut, trace.forms, config.head_layers, reach)
     owners = owners_of((name for name, _ in model.named_parameters()), cut, reach)
     return Assembly(
         config=config,
@@ -209,17 +209,12 @@ def assemble(
     )
 
 
-def _with_head_layers(model: nn.Module, config: BlockLocalConfig, trace: Trace) -> BlockLocalConfig:
-    """Settle how many layers the heads borrow: by default none over a vocabulary, nor from several stacks."""
-    num_stacks = trace.stacks[-1] + 1
-    if config.head_layers and num_stacks > 1:
+def _check_single_stack(model: nn.Module, trace: Trace) -> None:
+    if trace.stacks[-1] > 0:
         raise UnsupportedSettingError(
             f"head_layers needs a model with one stack of layers, and {type(model).__name__} has "
-            f"{num_stacks}: an encoder cannot skip to the decoder's layers yet. Use head_layers=0."
+            f"{trace.stacks[-1] + 1}: an encoder cannot skip to the decoder's layers yet. Use head_layers=0."
         )
-    if config.head_layers is None and (num_stacks > 1 or trace.task.target == "vocabulary"):
-        return replace(config, head_layers=0)
-    return replace(config, head_layers=config.borrowed)
 
 
 def _uncut(model: nn.Module, config: BlockLocalConfig) -> Assembly:

@@ -160,8 +160,8 @@ def train(run: Run, block_local: BlockLocalConfig | None) -> tuple[Outcome, Trai
     trainer.save_model()
     trainer.save_state()
     name = "plain Trainer" if block_local is None else f"block-local, {block_local.num_blocks} blocks"
-    if block_local is not None and block_local.num_blocks > 1:
-        name += f", head_layers={trainer.assembly.config.head_layers}"
+    if block_local is not None and block_local.head_layers:
+        name += f", head_layers={block_local.head_layers}"
     return Outcome(name, metrics, seconds, peak_activation_bytes(trainer)), trainer
 
 

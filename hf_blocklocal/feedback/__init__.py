@@ -55,7 +55,7 @@ def build_head(
         TargetError: If the chosen feedback or family cannot carry targets of this task, or gives no probability or no
             similarity where `satisfied_at` or `sim` asks for one.
     """
-    borrows = config.borrowed > 0
+    borrows = config.head_layers > 0
     feedback_name = config.feedback
     if feedback_name == "auto":
         feedback_name = "direct" if DirectFeedback.fits(task) and not borrows else "label"

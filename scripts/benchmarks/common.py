@@ -139,7 +139,7 @@ def build_trainer(
         examples: The data set.
         folder: Where a trainer may write.
         device: `"cpu"` or `"cuda"`.
-        block_local: Fields of `BlockLocalConfig`, with linear heads where it names none; None for the plain `Trainer`.
+        block_local: Fields of `BlockLocalConfig`, None for the plain `Trainer`.
         checkpointing: Whether layers recompute their activations in the backward pass.
         **arguments: Fields of `TrainingArguments`.
     """
@@ -156,7 +156,7 @@ def build_trainer(
     if block_local is None:
         trainer = Trainer(model, args, train_dataset=examples)
     else:
-        config = BlockLocalConfig(**{"head_layers": 0, **block_local})
+        config = BlockLocalConfig(**block_local)
         trainer = BlockLocalTrainer(model, args, train_dataset=examples, block_local=config)
     trainer.remove_callback(PrinterCallback)
     return trainer

@@ -76,7 +76,7 @@ def count(case: Case, **config: Any) -> dict[str, Any]:
     # Eager attention, because the counter does not know every fused kernel.
     model_config = transformers.AutoConfig.for_model(case.model_type, attn_implementation="eager", **case.options)
     model = getattr(transformers, case.auto_class).from_config(model_config)
-    assembly = assemble(model, BlockLocalConfig(head_layers=0, **config), make_batch(case, model, batch=2, sequence=8))
+    assembly = assemble(model, BlockLocalConfig(**config), make_batch(case, model, batch=2, sequence=8))
     inputs = make_batch(case, model, batch=case.batch, sequence=case.sequence)
     targets = without_storage(assembly.read_targets(inputs))
     in_heads = sum(parameter.numel() for parameter in assembly.heads.parameters())

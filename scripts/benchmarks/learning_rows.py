@@ -79,10 +79,10 @@ PUBLISHED = [
     Row("kappel2023", "local", {"preset": "kappel2023"}),
 ]
 CANDIDATES = [
-    Row("linear heads", "local", {"head_layers": 0}),
-    Row("head_layers=1", "local", {"head_layers": 1}),
     Row("default", "local"),
-    Row("smaller steps below", "local", {"block_lr_decay": 0.3}),
-    Row("polished", "local", {"polish": 0.2}),
+    Row("head_layers=1", "local", {"head_layers": 1}),
+    Row("head_layers=2", "local", {"head_layers": 2}),
+    Row("2 layers, smaller steps below", "local", {"head_layers": 2, "block_lr_decay": 0.3}),
+    Row("2 layers, polished", "local", {"head_layers": 2, "polish": 0.2}),
 ]
 ROWS = {row.name: row for row in [*BASELINES, *PUBLISHED, *CANDIDATES]}

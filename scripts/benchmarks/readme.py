@@ -64,20 +64,19 @@ def quickstart(report: dict[str, Any]) -> list[str]:
     from train import report as table
 
     versions = ", ".join(f"{name} {version}" for name, version in report["versions"].items())
-    borrowed, plain = load("quickstart-borrowed-cpu"), report["outcomes"][-1]
+    borrowed = load("quickstart-borrowed-cpu")
     return [
-        f"`make quickstart` ends with this table (one run, {report['cores']} CPU cores, {versions}; the plain Trainer",
-        "in a run of its own):",
+        f"`make quickstart` ends with this table (one run, {report['cores']} CPU cores, {versions}):",
         "",
         "```",
-        *table([*(Outcome(**outcome) for outcome in borrowed["outcomes"]), Outcome(**plain)]).splitlines(),
+        *table([Outcome(**outcome) for outcome in report["outcomes"]]).splitlines(),
         "```",
         "",
-        "With linear heads, which borrow nothing (`python scripts/train.py",
-        "configs/train/quickstart.yaml block_local.head_layers=0`, one run):",
+        "With heads that borrow two layers from above their block (`python scripts/train.py",
+        "configs/train/quickstart.yaml block_local.head_layers=2 baseline=false`, one run):",
         "",
         "```",
-        *table([Outcome(**outcome) for outcome in report["outcomes"][:-1]]).splitlines(),
+        *table([Outcome(**outcome) for outcome in borrowed["outcomes"]]).splitlines(),
         "```",
     ]
 
@@ -96,11 +95,15 @@ def where(report: dict[str, Any]) -> str:
 
 
 def learning(report: dict[str, Any]) -> list[str]:
-    """How well block-local learning learns, task by task."""
+    """How well block-local learning learns, task by task; on a GPU too, where that has been run."""
     sys.path.insert(0, str(HERE))
     from learning_report import markdown
 
-    return [f"**Learning.** Measured by {where(report).replace(', one run', '')}.", "", *markdown(report)]
+    lines = [f"**Learning.** Measured by {where(report).replace(', one run', '')}.", "", *markdown(report)]
+    if (HERE / "results" / "learning-gpu.json").is_file():
+        large = load("learning-gpu")
+        lines += ["", f"Larger, by `{large['command']}` on one {large['machine']['gpu']}:", "", *markdown(large)]
+    return lines
 
 
 def memory(report: dict[str, Any]) -> list[str]:
