@@ -20,5 +20,6 @@ def is_global(step: int, total_steps: int, config: BlockLocalConfig) -> bool:
         return False
     if config.global_every is not None and (step + 1) % config.global_every == 0:
         return True
-    polished = max(1, round(config.polish * total_steps)) if config.polish > 0 else 0
-    return step >= total_steps - polished
+    if config.polish == 0:
+        return False
+    return step >= total_steps - max(1, round(config.polish * total_steps))

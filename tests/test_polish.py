@@ -159,3 +159,8 @@ def test_global_steps_go_with_checkpointing_and_mixed_precision(setting, tmp_pat
     trainer = make("bert", tmp_path, config=BlockLocalConfig(num_blocks=2, global_every=2), max_steps=4, **setting)
     trainer.train()
     assert trainer.state.global_step == 4
+
+
+def test_without_polish_a_step_outside_of_a_run_is_local_too():
+    assert not is_global(10, 10, BlockLocalConfig())
+    assert not is_global(0, 0, BlockLocalConfig())
