@@ -41,15 +41,15 @@ class Deciphering(Task):
     budget: dict[str, Any] = field(
         default_factory=lambda: {"num_train_epochs": 1, "per_device_train_batch_size": 32, "warmup_steps": 0.1}
     )
-    encoder_layers: int = 6
-    decoder_layers: int = 2
+    encoder_layers: int = 4
+    decoder_layers: int = 4
     width: int = 96
     heads: int = 4
     letters: int = 31
     masked: float = 0.15
     train_share: float = 0.5
     validation_share: float = 0.15
-    train_texts: int = 4000
+    train_texts: int = 4800
     held_out_texts: int = 500
     pretraining: dict[str, Any] = field(
         default_factory=lambda: {
