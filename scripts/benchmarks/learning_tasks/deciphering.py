@@ -37,7 +37,7 @@ class Deciphering(Task):
     fills: ClassVar[Mapping[str, int]] = {"input_ids": PAD, "labels": -100}
 
     blocks: tuple[int, ...] = (2, 4)
-    rates: tuple[float, ...] = (1e-3, 2e-3, 4e-3)
+    rates: tuple[float, ...] = (2e-3, 4e-3, 8e-3)
     budget: dict[str, Any] = field(
         default_factory=lambda: {"num_train_epochs": 1, "per_device_train_batch_size": 32, "warmup_steps": 0.1}
     )

@@ -29,7 +29,7 @@ class LanguageModel(Task):
     forgetting: ClassVar[Metric | None] = Metric("perplexity, old domain", higher_is_better=False, form=".2f")
 
     blocks: tuple[int, ...] = (2, 4)
-    rates: tuple[float, ...] = (5e-4, 1e-3, 2e-3)
+    rates: tuple[float, ...] = (1.5e-3, 3e-3, 6e-3)
     budget: dict[str, Any] = field(
         default_factory=lambda: {"num_train_epochs": 2, "per_device_train_batch_size": 8, "warmup_steps": 0.1}
     )

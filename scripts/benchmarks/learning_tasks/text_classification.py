@@ -38,7 +38,7 @@ class TextClassification(Task):
     references: ClassVar[tuple[str, ...]] = ("TF-IDF + logistic regression", "frozen features + logistic regression")
 
     blocks: tuple[int, ...] = (2, 3, 6)
-    rates: tuple[float, ...] = (1e-4, 2.5e-4, 6e-4)
+    rates: tuple[float, ...] = (1.2e-4, 3e-4, 7e-4)
     budget: dict[str, Any] = field(
         default_factory=lambda: {"num_train_epochs": 3, "per_device_train_batch_size": 16, "warmup_steps": 0.1}
     )
