@@ -132,7 +132,7 @@ def test_every_row_knows_all_that_it_depends_on(scripts):
         if row.method == "local":
             assert settings["block_local"]["num_blocks"] == 2
             assert len(settings["block_local"]) > 5, "defaults are part of it"
-    assert rows["head_layers=2"].settings(3)["block_local"]["head_layers"] == 2
+    assert rows["head_layers=1"].settings(3)["block_local"]["head_layers"] == 1
 
 
 def test_a_row_that_the_package_does_not_know_is_skipped_with_a_reason(scripts, tiny):
@@ -263,3 +263,14 @@ def test_every_row_has_its_command_in_the_list(scripts):
     for name in [*scripts["learning_rows"].ROWS, *references]:
         words = f'"{name}"' if " " in name else name
         assert f"| {name} | `python scripts/benchmarks/learning.py --rows {words}` |" in listed, name
+
+
+def test_another_grid_does_not_make_the_data_anew(scripts, tiny, tmp_path):
+    code_hash = base().code_hash
+    (tmp_path / "one.py").write_text('"""Text."""\nclass A:\n    rates: tuple = (1,)\n    layers: int = 2\n')
+    (tmp_path / "two.py").write_text("class A:\n    rates: tuple = (1, 2)  # more\n    layers: int = 2\n")
+    (tmp_path / "three.py").write_text("class A:\n    rates: tuple = (1,)\n    layers: int = 3\n")
+    one, two, three = (code_hash([tmp_path / f"{name}.py"]) for name in ("one", "two", "three"))
+    assert one == two != three
+    assert tiny.build_spec() == replace(tiny, rates=(1.0,), budget={}).build_spec()
+    assert tiny.build_spec() != replace(tiny, width=16).build_spec()

@@ -35,6 +35,7 @@ class Deciphering(Task):
     metric: ClassVar[Metric] = Metric("perplexity", higher_is_better=False, form=".3f")
     forgetting: ClassVar[Metric | None] = Metric("perplexity, plain text", higher_is_better=False, form=".3f")
     fills: ClassVar[Mapping[str, int]] = {"input_ids": PAD, "labels": -100}
+    seconds: ClassVar[float] = 20
 
     blocks: tuple[int, ...] = (2, 4)
     rates: tuple[float, ...] = (2e-3, 4e-3, 8e-3)

@@ -27,6 +27,7 @@ class Images(Task):
     title: ClassVar[str] = "ViT, shifted digits"
     metric: ClassVar[Metric] = ACCURACY
     forgetting: ClassVar[Metric | None] = Metric("accuracy, old domain", higher_is_better=True)
+    seconds: ClassVar[float] = 14
 
     blocks: tuple[int, ...] = (2, 4)
     rates: tuple[float, ...] = (8e-4, 2e-3, 5e-3)

@@ -27,6 +27,7 @@ class LanguageModel(Task):
     title: ClassVar[str] = "causal language model, new domain"
     metric: ClassVar[Metric] = PERPLEXITY
     forgetting: ClassVar[Metric | None] = Metric("perplexity, old domain", higher_is_better=False, form=".2f")
+    seconds: ClassVar[float] = 25
 
     blocks: tuple[int, ...] = (2, 4)
     rates: tuple[float, ...] = (1.5e-3, 3e-3, 6e-3)

@@ -31,6 +31,7 @@ class Reversal(Task):
     pretrained: ClassVar[bool] = False
     fills: ClassVar[Mapping[str, int]] = {"input_ids": PAD, "labels": -100}
     curve_every: ClassVar[int | None] = 20
+    seconds: ClassVar[float] = 27
 
     blocks: tuple[int, ...] = (4, 10, 20)
     rates: tuple[float, ...] = (1e-3, 2e-3, 4e-3)

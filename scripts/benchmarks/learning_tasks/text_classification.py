@@ -36,6 +36,7 @@ class TextClassification(Task):
     forgetting: ClassVar[Metric | None] = Metric("embedding geometry kept (Spearman)", higher_is_better=True)
     head_modules: ClassVar[tuple[str, ...]] = ("classifier", "pooler")
     references: ClassVar[tuple[str, ...]] = ("TF-IDF + logistic regression", "frozen features + logistic regression")
+    seconds: ClassVar[float] = 30
 
     blocks: tuple[int, ...] = (2, 3, 6)
     rates: tuple[float, ...] = (1.2e-4, 3e-4, 7e-4)
