@@ -37,6 +37,8 @@ FOLDER = HERE.parents[1] / "runs" / "learning"
 def main(argv: Sequence[str] | None = None) -> None:
     """Run what is missing, then write and print the table."""
     options = parse(arguments(), argv)
+    if options.device == "cpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # trainers take a GPU where they see one
     device = prepare(options)
     os.environ.setdefault("OMP_NUM_THREADS", str(options.threads))  # for the processes to be started
     start_worker(options.threads)

@@ -118,10 +118,12 @@ def execute(run: Run, prepared: Path) -> dict[str, Any]:
         Validation and test score, what is remembered of the old domain, the learning curve, and the time of training
         alone, in seconds of the processor and of the clock.
     """
+    import torch
+
     task, data = run.task, load_data(prepared)
     if run.row.method == "reference":
         return task.reference(run.row.name, prepared, data)
-    model = task.model(prepared, run.seed)
+    model = task.model(prepared, run.seed).to("cuda" if torch.cuda.is_available() else "cpu")
     curve: list[tuple[int, float]] = []
     clocks = (time.process_time(), time.perf_counter())
     if run.row.learns:
