@@ -238,6 +238,9 @@ def test_a_margin_is_counted_from_freezing_to_backpropagation(scripts):
     report = {"tasks": {"words": {"title": "Words", "metric": metric, "cases": cases}}}
     lines = scripts["learning_report"].margins(report)
     assert lines[-2:] == ["| half | 0.50 |", "| worse | -0.50 |"]
+    cases[1]["runs"][0]["test"] = 9.0
+    lines = scripts["learning_report"].margins(report)
+    assert lines[-2:] == ["| half | no margin |", "| worse | no margin |"]
 
 
 def test_every_kind_of_row_runs_and_everything_is_reported(scripts, store, tiny):

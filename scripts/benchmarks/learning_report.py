@@ -64,7 +64,8 @@ def table_of(task: Mapping[str, Any], num_seeds: int) -> list[str]:
 def margins(report: Mapping[str, Any]) -> list[str]:
     """Return where each block-local row stands between freezing (0) and backpropagation (1), in one table.
 
-    Perplexities are compared by their logarithms. Tasks without a frozen row are left out.
+    Perplexities are compared by their logarithms. Tasks without a frozen row are left out; where backpropagation is
+    not better than freezing there is no margin to share, and the table says so.
     """
     columns: dict[str, dict[str, str]] = {}
     for task in report["tasks"].values():
@@ -78,7 +79,8 @@ def margins(report: Mapping[str, Any]) -> list[str]:
         for (row, blocks), (method, value) in values.items():
             if method == "local" and full is not None and full != frozen.get(blocks, full):
                 share = (value - frozen[blocks]) / (full - frozen[blocks])
-                columns.setdefault(f"{task['title']}, K = {blocks}", {})[row] = f"{share:.2f}"
+                text = f"{share:.2f}" if full > frozen[blocks] else "no margin"
+                columns.setdefault(f"{task['title']}, K = {blocks}", {})[row] = text
     if not columns:
         return []
     lines = [

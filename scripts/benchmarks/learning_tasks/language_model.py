@@ -30,7 +30,7 @@ class LanguageModel(Task):
     seconds: ClassVar[float] = 25
 
     blocks: tuple[int, ...] = (2, 4)
-    rates: tuple[float, ...] = (1.5e-3, 3e-3, 6e-3)
+    rates: tuple[float, ...] = (3e-3, 6e-3, 1.2e-2)
     budget: dict[str, Any] = field(
         default_factory=lambda: {"num_train_epochs": 2, "per_device_train_batch_size": 8, "warmup_steps": 0.1}
     )
