@@ -7,8 +7,8 @@ import copy
 import pytest
 import torch
 from test_optim import adafactor_relative, adamw, give_gradients, groups_of, three_blocks
-from test_parity import Stop, equal
-from test_trainer import make, snapshot
+from test_parity import equal
+from test_trainer import make, snapshot, whole_and_resumed
 
 from hf_blocklocal import BlockLocalConfig
 from hf_blocklocal.anchor import ANCHOR_NAME, Anchor
@@ -120,14 +120,8 @@ def test_stepping_at_once_changes_no_bit(tmp_path):
 @pytest.mark.parametrize("step_per_block", [False, True])
 def test_a_resumed_run_is_pulled_to_the_pretrained_weights(step_per_block, tmp_path):
     config = BlockLocalConfig(num_blocks=2, anchor=100.0, step_per_block=step_per_block)
-    saving = {"config": config, "max_steps": 9, "save_strategy": "steps", "save_steps": 4}
-    whole, killed = (make("bert", tmp_path / name, **saving) for name in ("whole", "killed"))
-    whole.train()
-    killed.add_callback(Stop(6))
-    with pytest.raises(KeyboardInterrupt):
-        killed.train()
-    resumed = make("bert", tmp_path / "killed", **saving)
-    resumed.train(resume_from_checkpoint=True)
+    saving = {"config": config, "max_steps": 9, "save_steps": 4}
+    whole, resumed = whole_and_resumed(tmp_path, killed_after=6, **saving)
     assert equal(snapshot(whole), snapshot(resumed))
     for name in ("optimizer.pt", ANCHOR_NAME):
         first, second = (tmp_path / folder / "checkpoint-9" / name for folder in ("whole", "killed"))

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 from test_optim import adafactor_relative, adamw, groups_of, three_blocks
-from test_parity import Stop, equal
-from test_trainer import make, snapshot
+from test_parity import equal
+from test_trainer import make, snapshot, whole_and_resumed
 from transformers import TrainerCallback
 from transformers.optimization import Adafactor
 from zoo import SPECIMENS
@@ -117,14 +117,8 @@ def test_a_schedule_keeps_the_proportions_and_the_log_shows_the_rate_of_the_run(
 @pytest.mark.parametrize("step_per_block", [False, True])
 def test_a_killed_run_resumes_to_the_bit(step_per_block, tmp_path):
     config = BlockLocalConfig(num_blocks=4, block_lr_decay=0.3, step_per_block=step_per_block)
-    saving = {"config": config, "max_steps": 9, "save_strategy": "steps", "save_steps": 4}
-    whole, killed = (make("bert", tmp_path / name, **saving) for name in ("whole", "killed"))
-    whole.train()
-    killed.add_callback(Stop(6))
-    with pytest.raises(KeyboardInterrupt):
-        killed.train()
-    resumed = make("bert", tmp_path / "killed", **saving)
-    resumed.train(resume_from_checkpoint=True)
+    saving = {"config": config, "max_steps": 9, "save_steps": 4}
+    whole, resumed = whole_and_resumed(tmp_path, killed_after=6, **saving)
     assert equal(snapshot(whole), snapshot(resumed))
     optimizers = [tmp_path / name / "checkpoint-9" / "optimizer.pt" for name in ("whole", "killed")]
     assert optimizers[0].read_bytes() == optimizers[1].read_bytes()

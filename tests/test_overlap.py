@@ -6,8 +6,8 @@ import weakref
 
 import pytest
 import torch
-from test_parity import Stop, equal, with_dropout
-from test_trainer import hooks_left, make, snapshot
+from test_parity import equal, with_dropout
+from test_trainer import hooks_left, make, snapshot, whole_and_resumed
 from zoo import SPECIMENS
 
 from hf_blocklocal import BlockLocalConfig, assemble
@@ -334,14 +334,8 @@ def test_a_loss_scaler_goes_with_overlap(tmp_path):
 
 def test_a_killed_run_resumes_to_the_bit(tmp_path):
     config = BlockLocalConfig(num_blocks=4, overlap=1)
-    saving = {"config": config, "max_steps": 6, "save_strategy": "steps", "save_steps": 2}
-    whole, killed = (make("bert", tmp_path / name, **saving) for name in ("whole", "killed"))
-    whole.train()
-    killed.add_callback(Stop(3))
-    with pytest.raises(KeyboardInterrupt):
-        killed.train()
-    resumed = make("bert", tmp_path / "killed", **saving)
-    resumed.train(resume_from_checkpoint=True)
+    saving = {"config": config, "max_steps": 6, "save_steps": 2}
+    whole, resumed = whole_and_resumed(tmp_path, killed_after=3, **saving)
     assert equal(snapshot(whole), snapshot(resumed))
 
 

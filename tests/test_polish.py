@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from test_parity import Stop, arguments, equal, examples, with_dropout
-from test_trainer import hooks_left, make, snapshot
+from test_parity import arguments, equal, examples, with_dropout
+from test_trainer import hooks_left, make, snapshot, whole_and_resumed
 from transformers import Trainer, TrainerCallback
 from zoo import SPECIMENS
 
@@ -143,14 +143,8 @@ def test_a_loss_that_is_not_a_number_is_the_last_blocks(tmp_path):
 @pytest.mark.parametrize("values", [{"global_every": 3}, {"polish": 0.4}])
 def test_a_killed_run_resumes_to_the_bit(values, tmp_path):
     saving = {"config": BlockLocalConfig(num_blocks=2, **values), "max_steps": 9}
-    saving |= {"save_strategy": "steps", "save_steps": 4, "gradient_accumulation_steps": 2}
-    whole, killed = (make("bert", tmp_path / name, **saving) for name in ("whole", "killed"))
-    whole.train()
-    killed.add_callback(Stop(6))
-    with pytest.raises(KeyboardInterrupt):
-        killed.train()
-    resumed = make("bert", tmp_path / "killed", **saving)
-    resumed.train(resume_from_checkpoint=True)
+    saving |= {"save_steps": 4, "gradient_accumulation_steps": 2}
+    whole, resumed = whole_and_resumed(tmp_path, killed_after=6, **saving)
     assert equal(snapshot(whole), snapshot(resumed))
 
 

@@ -82,7 +82,7 @@ def test_every_file_named_exists():
         assert (ROOT / name).exists(), name
 
 
-@pytest.mark.parametrize("name", ["quickstart", "benchmarks"])
+@pytest.mark.parametrize("name", ["quickstart", "benchmarks", "learning"])
 def test_tables_are_what_the_committed_results_say(name):
     readme = script("benchmarks/readme")
     assert readme.between(README, name) == readme.sections()[name]

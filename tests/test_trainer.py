@@ -50,6 +50,19 @@ def snapshot(trainer):
     return {key: value.clone() for key, value in trainer.assembly.module.state_dict().items()}
 
 
+def whole_and_resumed(folder, *, killed_after, **settings):
+    """Run once as a whole, and once killed and resumed, in the folders "whole" and "killed"."""
+    settings = {"save_strategy": "steps", **settings}
+    whole, killed = (make("bert", folder / name, **settings) for name in ("whole", "killed"))
+    whole.train()
+    killed.add_callback(Stop(killed_after))
+    with pytest.raises(KeyboardInterrupt):
+        killed.train()
+    resumed = make("bert", folder / "killed", **settings)
+    resumed.train(resume_from_checkpoint=True)
+    return whole, resumed
+
+
 def hooks_left(model):
     return [m for m in model.modules() if m._forward_hooks or m._forward_pre_hooks]
 

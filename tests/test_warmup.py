@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from test_parity import Stop, equal
-from test_trainer import make, snapshot
+from test_parity import equal
+from test_trainer import make, snapshot, whole_and_resumed
 from zoo import SPECIMENS
 
 from hf_blocklocal import BlockLocalConfig, assemble
@@ -95,14 +95,8 @@ def test_a_loss_scaler_goes_with_it(tmp_path):
 
 def test_a_run_killed_in_the_warm_up_resumes_to_the_bit(tmp_path):
     config = BlockLocalConfig(num_blocks=2, head_warmup_steps=5)
-    saving = {"config": config, "max_steps": 8, "save_strategy": "steps", "save_steps": 3}
-    whole, killed = (make("bert", tmp_path / name, **saving) for name in ("whole", "killed"))
-    whole.train()
-    killed.add_callback(Stop(4))
-    with pytest.raises(KeyboardInterrupt):
-        killed.train()
-    resumed = make("bert", tmp_path / "killed", **saving)
-    resumed.train(resume_from_checkpoint=True)
+    saving = {"config": config, "max_steps": 8, "save_steps": 3}
+    whole, resumed = whole_and_resumed(tmp_path, killed_after=4, **saving)
     assert equal(snapshot(whole), snapshot(resumed))
     frozen = make("bert", tmp_path / "frozen", config=BlockLocalConfig(num_blocks=2, head_warmup_steps=8), max_steps=8)
     frozen.train()
