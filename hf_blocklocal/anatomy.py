@@ -188,6 +188,12 @@ def vocabulary_size(model: nn.Module) -> int | None:
     return None if output is None else output.weight.shape[0]
 
 
+def is_encoder_decoder(model: nn.Module) -> bool:
+    """Tell whether a model is an encoder with a decoder, which then makes its inputs from labels if none are given."""
+    model = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
+
+
 def shifts_labels(model: nn.Module, loss: Tensor, logits: Tensor, labels: Tensor) -> bool:
     """Tell whether position i predicts label i + 1, as in causal language models without a decoder of its own.
 
@@ -200,7 +206,7 @@ def shifts_labels(model: nn.Module, loss: Tensor, logits: Tensor, labels: Tensor
         labels: The labels of the batch.
     """
     model = model.get_base_model() if hasattr(model, "get_base_model") else model
-    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+    if is_encoder_decoder(model):
         return False
     loss_type = getattr(model, "loss_type", None)
     if loss_type in LOSS_MAPPING:

@@ -17,6 +17,7 @@ from hf_blocklocal.anatomy import (
     check_layers_not_shared,
     find_router_loss,
     find_stacks,
+    is_encoder_decoder,
     target_embedding,
 )
 from hf_blocklocal.blocks import Boundaries, Cut
@@ -195,8 +196,8 @@ def assemble(
     reach = trace_reach(model, boundaries, inputs)
     shortcut = None
     if config.head_layers > 0:
-        _check_single_stack(model, trace)
-        shortcut = Shortcut(model, cut, trace.forms, config.head_layers, reach)
+        _check_stacks(model, trace)
+        shortcut = Shortcut(model, cut, trace, config.head_layers, reach)
     owners = owners_of((name for name, _ in model.named_parameters()), cut, reach)
     return Assembly(
         config=config,
@@ -209,11 +210,11 @@ def assemble(
     )
 
 
-def _check_single_stack(model: nn.Module, trace: Trace) -> None:
-    if trace.stacks[-1] > 0:
+def _check_stacks(model: nn.Module, trace: Trace) -> None:
+    if trace.stacks[-1] > 0 and not is_encoder_decoder(model):
         raise UnsupportedSettingError(
-            f"head_layers needs a model with one stack of layers, and {type(model).__name__} has "
-            f"{trace.stacks[-1] + 1}: an encoder cannot skip to the decoder's layers yet. Use head_layers=0."
+            f"head_layers needs a model with one stack of layers, or an encoder and a decoder. {type(model).__name__} "
+            f"has {trace.stacks[-1] + 1} stacks, and its config does not say is_encoder_decoder. Use head_layers=0."
         )
 
 
@@ -235,7 +236,8 @@ def _uncut(model: nn.Module, config: BlockLocalConfig) -> Assembly:
 def _head(
     model: nn.Module, config: BlockLocalConfig, trace: Trace, cut: Cut, block: int, label_smoothing: float
 ) -> FeedbackHead:
-    layer = cut.spans[block].last
+    # A head that borrows layers answers where the model's own does.
+    layer = cut.spans[block].last if config.head_layers == 0 else len(cut.layers) - 1
     shape = trace.shapes[layer]
     alignment = choose_alignment(trace.task, shape, trace.labels_shape, final_stack=trace.ends_in_final_stack(layer))
     return build_head(

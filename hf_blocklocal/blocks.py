@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -61,6 +61,20 @@ class Cut:
         return self.stacks.index(self.stacks[layer]) in self.spans[self.block_of_layer(layer)]
 
 
+@dataclass
+class Trail:
+    """What a forward pass has left so far for another one that starts where a block ends.
+
+    Attributes:
+        beside: What the layer that ends the block has returned beside its hidden state.
+        ends: The hidden state that the last layer of each stack has handed on, by index of the layer; with history
+            only of the block that is ending.
+    """
+
+    beside: tuple[Any, ...] = ()
+    ends: dict[int, Tensor] = field(default_factory=dict)
+
+
 class Boundaries:
     """The hooks that cut a model.
 
@@ -78,6 +92,8 @@ class Boundaries:
     def __init__(self, model: nn.Module, cut: Cut, routers: Mapping[str, int] | None = None) -> None:
         self.cut = cut
         self._layers = [model.get_submodule(path) for path in cut.layers]
+        stacks = cut.stacks
+        self._ends_of_stacks = [index for index in range(len(stacks) - 1) if stacks[index] != stacks[index + 1]]
         self._routers = {
             model.get_submodule(path): (block, index)
             for path, index in (routers or {}).items()
@@ -105,8 +121,15 @@ class Boundaries:
             for block, span in enumerate(self.cut.spans[:-1]):
                 stack.enter_context(hooks_outside_checkpoint(self._layers[span.last]))
                 stack.callback(self._layers[span.last].register_forward_hook(visit.leave(block)).remove)
+            for index in self._ends_of_stacks:  # behind the hooks of the blocks, to see what those hand on
+                stack.callback(self._layers[index].register_forward_hook(visit.note_end(index)).remove)
             yield
             visit.check_complete()
+
+    @property
+    def trail(self) -> Trail:
+        """What the forward pass under way has left so far."""
+        return self._visit.trail
 
     @contextmanager
     def suspended(self) -> Iterator[None]:
@@ -129,6 +152,7 @@ class _Visit:
         self._router_logits: list[Tensor] = []
         self._leaving = False
         self.suspended = False
+        self.trail = Trail()
 
     def enter(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
         """Detach the side inputs of a layer that other blocks have made."""
@@ -162,6 +186,15 @@ class _Visit:
 
         return hook
 
+    def note_end(self, index: int) -> Callable[..., Any]:
+        """Note what the last layer of a stack hands on."""
+
+        def hook(layer: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            if not self.suspended and not self._leaving:  # else a checkpointed layer is being recomputed
+                self.trail.ends[index] = first_tensor(output)
+
+        return hook
+
     def leave(self, block: int) -> Callable[..., Any]:
         """Let the block learn, then hand on what it made without its history."""
 
@@ -170,6 +203,7 @@ class _Visit:
                 return output
             self._leaving = True
             hidden = first_tensor(output)
+            self.trail.beside = beside_hidden(output)
             handed_on = self._leave(block, hidden, tuple(self._router_logits))
             self._leaving = False
             self._left.append(block)
@@ -177,6 +211,7 @@ class _Visit:
                 logits.detach_()
             self._router_logits.clear()
             self._made_here.clear()
+            self.trail = Trail(ends={index: end.detach() for index, end in self.trail.ends.items()})
             return map_tensors(
                 output, lambda tensor: handed_on if handed_on is not None and tensor is hidden else tensor.detach()
             )
@@ -198,6 +233,13 @@ def first_tensor(output: Any) -> Tensor:
         if isinstance(output, Tensor)
         else next(iter(output.values() if isinstance(output, Mapping) else output))
     )
+
+
+def beside_hidden(output: Any) -> tuple[Any, ...]:
+    """Return what a layer returns beside its hidden state, in its order."""
+    if isinstance(output, Tensor):
+        return ()
+    return tuple(output.values() if isinstance(output, Mapping) else output)[1:]
 
 
 def map_tensors(value: Any, function: Callable[[Tensor], Any]) -> Any:

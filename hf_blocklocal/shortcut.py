@@ -1,8 +1,10 @@
 """Run what lies above a block with only some of its layers, read-only: the model itself as the head of a block.
 
-The model's own forward runs a second time, from the end of the block on. Layers that are left out hand their input on;
-nothing needs to know what masks, rotary embeddings, norms or task heads the model has. Parameters outside the block
-get no gradient. With all layers above, the loss has the very gradient of backpropagation.
+The model's own forward runs a second time, from the end of the block on. Layers that are left out hand their input on,
+and so is what the layer before them has returned beside it, such as a position bias. Nothing needs to know what masks,
+rotary embeddings, norms or task heads the model has. A block in a decoder sees the encoder's states as they were made;
+above a block in an encoder lie the rest of the encoder and the whole decoder. Parameters outside the block get no
+gradient. With all layers above, the loss has the very gradient of backpropagation.
 """
 
 from __future__ import annotations
@@ -11,9 +13,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from hf_blocklocal.blocks import Cut
+from hf_blocklocal.anatomy import is_encoder_decoder
+from hf_blocklocal.blocks import Cut, Trail, beside_hidden, map_tensors
+from hf_blocklocal.trace import Trace
 
 
 def borrowed_layers(cut: Cut, block: int, count: int) -> tuple[int, ...]:
@@ -39,41 +44,77 @@ class Shortcut:
     Args:
         model: The model.
         cut: Where it is cut.
-        forms: For each layer, 0 if it returns its hidden state, n if it returns a tuple of n that starts with it.
+        trace: What its layers return.
         count: Layers that every head borrows.
         reached: For each block, the names of the parameters that its own layers use.
     """
 
-    def __init__(
-        self, model: nn.Module, cut: Cut, forms: Sequence[int], count: int, reached: Sequence[set[str]]
-    ) -> None:
+    def __init__(self, model: nn.Module, cut: Cut, trace: Trace, count: int, reached: Sequence[set[str]]) -> None:
         self.model = model
+        self._cut = cut
+        self._trace = trace
         self._layers = [model.get_submodule(path) for path in cut.layers]
-        self._ends = [span.last for span in cut.spans]
-        self._forms = forms
         self._kept = [borrowed_layers(cut, block, count) for block in range(cut.num_blocks - 1)]
         self._foreign = [
             [parameter for name, parameter in model.named_parameters() if name not in mine] for mine in reached
         ]
 
-    def logits(self, block: int, hidden: Tensor, inputs: Mapping[str, Any]) -> Tensor:
+    def logits(self, block: int, hidden: Tensor, inputs: Mapping[str, Any], trail: Trail) -> Tensor:
         """Run the model from the end of a block.
 
         Args:
             block: The block.
-            hidden: Its output, (B, S, D).
-            inputs: The model's inputs; the labels are left out.
+            hidden: Its output, (B, S, D). If it carries no gradient, nothing does.
+            inputs: The model's inputs; the labels are left out, unless a decoder's inputs are made from them.
+            trail: What the forward pass under way has left so far.
 
         Returns:
             The model's logits, (B, C) or (B, S, C).
         """
+        given = self._given(block, hidden, trail)
+        beside = _Beside(self._cut.stacks)
         with ExitStack() as stack:
             for index, layer in enumerate(self._layers):
-                if index not in self._kept[block]:
-                    given = hidden if index == self._ends[block] else None
-                    stack.enter_context(_replaced_forward(layer, _stub(given, self._forms[index])))
-            outputs = self.model(**{name: value for name, value in inputs.items() if name != "labels"})
+                if index in given:
+                    stack.enter_context(_replaced_forward(layer, _returning(given[index])))
+                elif index not in self._kept[block]:
+                    forward = self._passing_on(index, beside, bypassed=index < self._cut.spans[block].last)
+                    stack.enter_context(_replaced_forward(layer, forward))
+                stack.callback(layer.register_forward_hook(beside.note(index)).remove)
+            outputs = self.model(**{name: value for name, value in inputs.items() if self._is_needed(name, inputs)})
         return outputs["logits"] if isinstance(outputs, Mapping) else outputs[0]
+
+    def _given(self, block: int, hidden: Tensor, trail: Trail) -> dict[int, Any]:
+        """Return what layers have put out already: the last of the block, and those of the stacks before."""
+        end = self._cut.spans[block].last
+        known = {index: (state, *[None] * (self._trace.forms[index] - 1)) for index, state in trail.ends.items()}
+        known[end] = (hidden, *trail.beside)
+        if not hidden.requires_grad:
+            known = {index: map_tensors(output, Tensor.detach) for index, output in known.items()}
+        return {index: output[0] if self._trace.forms[index] == 0 else output for index, output in known.items()}
+
+    def _passing_on(self, index: int, beside: _Beside, *, bypassed: bool) -> Callable[..., Any]:
+        """Return the forward of a layer that is left out, or that lies before the end of the block."""
+        form, forward = self._trace.forms[index], self._layers[index].forward
+
+        def pass_on(*args: Any, **kwargs: Any) -> Any:
+            hidden = args[0] if args else kwargs["hidden_states"]
+            if form == 0:
+                return hidden
+            handed_on = beside.before(index)
+            if handed_on is None and self._trace.lends[index] and not bypassed:
+                # Only the first layer of a stack knows what all of them are to be given beside the hidden state.
+                with torch.no_grad():
+                    handed_on = beside_hidden(forward(*args, **kwargs))
+            return (hidden, *(handed_on or [None] * (form - 1)))
+
+        return pass_on
+
+    def _is_needed(self, name: str, inputs: Mapping[str, Any]) -> bool:
+        if name != "labels":
+            return True
+        has_decoder_inputs = "decoder_input_ids" in inputs or "decoder_inputs_embeds" in inputs
+        return is_encoder_decoder(self.model) and not has_decoder_inputs
 
     @contextmanager
     def read_only(self, block: int) -> Iterator[None]:
@@ -88,12 +129,33 @@ class Shortcut:
                 parameter.requires_grad_(True)
 
 
-def _stub(given: Tensor | None, form: int) -> Callable[..., Any]:
-    """Return a forward that hands its input on, or a given hidden state in its place."""
+class _Beside:
+    """What the layers of each stack return beside their hidden state, in one run.
 
+    Args:
+        stacks: For each layer, which stack it belongs to.
+    """
+
+    def __init__(self, stacks: Sequence[int]) -> None:
+        self._stacks = stacks
+        self._last: dict[int, tuple[Any, ...]] = {}
+
+    def note(self, index: int) -> Callable[..., None]:
+        """Return a hook that notes what a layer returns."""
+
+        def hook(layer: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            self._last[self._stacks[index]] = beside_hidden(output)
+
+        return hook
+
+    def before(self, index: int) -> tuple[Any, ...] | None:
+        """Return what the layer before has returned; nothing if it is the first of its stack."""
+        return self._last.get(self._stacks[index])
+
+
+def _returning(output: Any) -> Callable[..., Any]:
     def forward(*args: Any, **kwargs: Any) -> Any:
-        hidden = given if given is not None else args[0] if args else kwargs["hidden_states"]
-        return hidden if form == 0 else (hidden, *[None] * (form - 1))
+        return output
 
     return forward
 

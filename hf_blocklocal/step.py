@@ -156,7 +156,7 @@ class LocalStep:
             return hidden
         assert inputs is not None, "heads that borrow layers need the inputs of the model"
         with self.boundaries.suspended():
-            return self.shortcut.logits(block, hidden, inputs)
+            return self.shortcut.logits(block, hidden, inputs, self.boundaries.trail)
 
     def _read_only(self, block: int) -> AbstractContextManager[None]:
         return nullcontext() if self.shortcut is None else self.shortcut.read_only(block)

@@ -20,7 +20,7 @@ from hf_blocklocal.anatomy import (
     shifts_labels,
     vocabulary_size,
 )
-from hf_blocklocal.blocks import Boundaries, Cut, first_tensor, reached_parameters
+from hf_blocklocal.blocks import Boundaries, Cut, beside_hidden, first_tensor, reached_parameters
 from hf_blocklocal.config import BlockLocalConfig
 from hf_blocklocal.errors import CutError, TargetError
 from hf_blocklocal.partition import Span, even_spans, spans_by_cost, spans_from_boundaries
@@ -36,6 +36,7 @@ class Trace:
         stacks: For each layer, the stack it belongs to, numbered in the order of execution.
         shapes: For each layer, the shape of its hidden state.
         forms: For each layer, 0 if it returns its hidden state, n if it returns a tuple of n that starts with it.
+        lends: For each layer, whether it returns tensors beside its hidden state, such as a position bias.
         costs: For each layer, its floating-point operations; those of the parts before the first and behind the last
             layer are added to these two.
         task: What is to be predicted.
@@ -47,6 +48,7 @@ class Trace:
     stacks: tuple[int, ...]
     shapes: tuple[tuple[int, ...], ...]
     forms: tuple[int, ...]
+    lends: tuple[bool, ...]
     costs: tuple[float, ...]
     task: Task
     labels_shape: tuple[int, ...]
@@ -76,6 +78,7 @@ def trace_layers(model: nn.Module, stacks: Sequence[Stack], inputs: Mapping[str,
     order: list[str] = []
     shapes: dict[str, tuple[int, ...]] = {}
     forms: dict[str, int] = {}
+    lends: dict[str, bool] = {}
     marks: list[float] = []
     flops = FlopCounterMode(display=False)
 
@@ -87,6 +90,7 @@ def trace_layers(model: nn.Module, stacks: Sequence[Stack], inputs: Mapping[str,
     def left(path: str, output: Any) -> None:
         shapes[path] = tuple(first_tensor(output).shape)
         forms[path] = 0 if isinstance(output, Tensor) else len(output)
+        lends[path] = any(isinstance(item, Tensor) for item in beside_hidden(output))
 
     handles = []
     for path in calls:
@@ -108,6 +112,7 @@ def trace_layers(model: nn.Module, stacks: Sequence[Stack], inputs: Mapping[str,
         stacks=tuple(stack_of[path] for path in order),
         shapes=tuple(shapes[path] for path in order),
         forms=tuple(forms[path] for path in order),
+        lends=tuple(lends[path] for path in order),
         costs=_costs(marks, flops.get_total_flops()),
         task=describe_task(
             labels,

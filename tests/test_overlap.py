@@ -233,8 +233,9 @@ def test_the_last_loss_must_be_sent_back_inside_the_step():
 
 
 @pytest.mark.parametrize("head_layers", [1, 4])
-def test_borrowed_layers_go_with_overlap(head_layers):
-    assembly, model, batch = assembled("bert", 1, head_layers=head_layers)
+@pytest.mark.parametrize("name", ["bert", "t5", "bart"])
+def test_borrowed_layers_go_with_overlap(name, head_layers):
+    assembly, model, batch = assembled(name, 1, head_layers=head_layers)
     for block in range(4):
         found = local_gradients(assembly, model, batch, only=block)
         reached = {key.removeprefix("model.") for key, gradient in found.items() if gradient.abs().max() > 0}
