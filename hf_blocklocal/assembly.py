@@ -5,7 +5,7 @@ This is the place to start for a training loop of one's own; the trainer does no
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +22,7 @@ from hf_blocklocal.anatomy import (
 )
 from hf_blocklocal.blocks import Boundaries, Cut
 from hf_blocklocal.config import BlockLocalConfig
+from hf_blocklocal.copies import Copies
 from hf_blocklocal.errors import UnsupportedSettingError
 from hf_blocklocal.feedback import FeedbackHead, build_head
 from hf_blocklocal.partition import Span
@@ -107,6 +108,20 @@ class Assembly:
         lower = {parameter for block in self.parameters[: self.last] for parameter in block}
         named = self.module.model.named_parameters()
         return {name: parameter for name, parameter in named if parameter in lower and parameter.requires_grad}
+
+    @property
+    def copies(self) -> Copies | None:
+        """Copies of upper layers that heads borrow, if the config asks for any; else they borrow live ones."""
+        return self.step.shortcut.copies if self.step.shortcut is not None else None
+
+    def begin_step(self, step: int) -> None:
+        """Take the copies that are due before an optimizer step. Calls after the first for a step do nothing.
+
+        Args:
+            step: Optimizer steps taken so far.
+        """
+        if self.copies is not None:
+            self.copies.advance_(step)
 
     def check_last_block_learns(self) -> None:
         """Refuse to train where the model's own loss has nothing to teach.
@@ -194,11 +209,8 @@ def assemble(
     router_loss = find_router_loss(model)
     boundaries = Boundaries(model, cut, router_loss.routers if router_loss else None)
     reach = trace_reach(model, boundaries, inputs)
-    shortcut = None
-    if config.head_layers > 0:
-        _check_stacks(model, trace)
-        shortcut = Shortcut(model, cut, trace, config.head_layers, reach)
     owners = owners_of((name for name, _ in model.named_parameters()), cut, reach)
+    shortcut = _shortcut(model, config, trace, cut, reach, owners) if config.head_layers > 0 else None
     return Assembly(
         config=config,
         task=trace.task,
@@ -210,12 +222,24 @@ def assemble(
     )
 
 
-def _check_stacks(model: nn.Module, trace: Trace) -> None:
+def _shortcut(
+    model: nn.Module,
+    config: BlockLocalConfig,
+    trace: Trace,
+    cut: Cut,
+    reach: Sequence[set[str]],
+    owners: Mapping[str, int],
+) -> Shortcut:
     if trace.stacks[-1] > 0 and not is_encoder_decoder(model):
         raise UnsupportedSettingError(
             f"head_layers needs a model with one stack of layers, or an encoder and a decoder. {type(model).__name__} "
             f"has {trace.stacks[-1] + 1} stacks, and its config does not say is_encoder_decoder. Use head_layers=0."
         )
+    shortcut = Shortcut(model, cut, trace, config.head_layers, reach)
+    every, lag, decay = config.head_refresh_steps, config.head_refresh_lag, config.head_refresh_decay
+    if (every, lag, decay) != (1, 0, 0):
+        shortcut.copies = Copies(model, shortcut.lent_weights(owners), every=every, lag=lag, decay=decay)
+    return shortcut
 
 
 def _uncut(model: nn.Module, config: BlockLocalConfig) -> Assembly:

@@ -51,10 +51,13 @@ class Cut:
 
     def block_of_path(self, path: str) -> int | None:
         """Return the block of the layer that holds a module or parameter, None if it lies outside the layers."""
-        for index, layer in enumerate(self.layers):
-            if path == layer or path.startswith(f"{layer}."):
-                return self.block_of_layer(index)
-        return None
+        layer = self.layer_of_path(path)
+        return None if layer is None else self.block_of_layer(layer)
+
+    def layer_of_path(self, path: str) -> int | None:
+        """Return the layer that holds a module or parameter, None if it lies outside the layers."""
+        inside = (index for index, layer in enumerate(self.layers) if path == layer or path.startswith(f"{layer}."))
+        return next(inside, None)
 
     def owns_stack_start(self, layer: int) -> bool:
         """Tell whether the block of a layer also holds the first layer of that layer's stack."""

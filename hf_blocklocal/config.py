@@ -83,6 +83,16 @@ class BlockLocalConfig:
         "head. 0 is a light readout; all of them give the very gradient of backpropagation. Measured at K = 2 "
         "(README): freezing .735, 0 layers .898, 1 layer .922, 2 layers .914, backpropagation .909.",
     )
+    head_refresh_steps: int = _help(
+        1,
+        "Steps from one copy of the borrowed layers to the next. 1 is live layers, 0 those that training began with.",
+    )
+    head_refresh_lag: int = _help(
+        0, "Steps that a copy of the borrowed layers is old when it is taken into use, so that no block has to wait."
+    )
+    head_refresh_decay: float = _help(
+        0.0, "Share of the old copy that stays when a new one is taken: an exponential moving average. 0 is none."
+    )
     sim: float = _help(
         0.0,
         "Weight of similarity matching in a block's loss, 0 to 1; the loss of the head has the rest. At 1 the readout "
@@ -139,6 +149,7 @@ class BlockLocalConfig:
         self._check_numbers()
         self._check_shares()
         self._check_head()
+        self._check_refresh()
         self._check_cut()
 
     def _check_choices(self) -> None:
@@ -150,7 +161,10 @@ class BlockLocalConfig:
 
     def _check_numbers(self) -> None:
         positive = dict.fromkeys(("num_blocks", "latent_dim", "negatives", "global_every"), 1)
-        for name, least in {**positive, "head_layers": 0, "overlap": 0, "head_warmup_steps": 0}.items():
+        others = dict.fromkeys(
+            ("head_layers", "head_refresh_steps", "head_refresh_lag", "overlap", "head_warmup_steps"), 0
+        )
+        for name, least in {**positive, **others}.items():
             value = getattr(self, name)
             if value is None and name in ("negatives", "global_every"):
                 continue
@@ -185,6 +199,10 @@ class BlockLocalConfig:
             if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
                 raise ConfigError(f"{name} must be a share between 0 and 1, got {value!r}.")
             object.__setattr__(self, name, float(value))
+        decay = self.head_refresh_decay
+        if isinstance(decay, bool) or not isinstance(decay, int | float) or not 0 <= decay < 1:
+            raise ConfigError(f"head_refresh_decay must be a number of at least 0 and below 1, got {decay!r}.")
+        object.__setattr__(self, "head_refresh_decay", float(decay))
         margin = self.satisfied_at
         is_number = isinstance(margin, int | float) and not isinstance(margin, bool)
         if margin is not None and not (is_number and 0 < margin < 1):
@@ -216,6 +234,18 @@ class BlockLocalConfig:
             raise ConfigError(
                 f"head_layers={self.head_layers} and readout={self.readout!r} exclude each other: a head that borrows "
                 "layers has no readout. Leave one of the two out."
+            )
+
+    def _check_refresh(self) -> None:
+        asked = {name: getattr(self, f"head_refresh_{name}") for name in ("steps", "lag", "decay")}
+        if self.head_layers == 0 and asked != {"steps": 1, "lag": 0, "decay": 0.0}:
+            given = ", ".join(f"head_refresh_{name}={value}" for name, value in asked.items())
+            raise ConfigError(f"{given} copies borrowed layers, and head_layers=0 borrows none. Set head_layers too.")
+        if self.head_refresh_steps == 0 and (self.head_refresh_lag > 0 or self.head_refresh_decay > 0):
+            raise ConfigError(
+                "head_refresh_steps=0 keeps the layers that training began with, so head_refresh_lag="
+                f"{self.head_refresh_lag} and head_refresh_decay={self.head_refresh_decay} have nothing to act on. "
+                "Leave them out, or set head_refresh_steps."
             )
 
     def _check_cut(self) -> None:

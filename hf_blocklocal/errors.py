@@ -43,6 +43,10 @@ class AnchorMismatchError(BlockLocalError, ValueError):
     """A checkpoint does not say where the weights of its run started, or not of these weights. Nothing was loaded."""
 
 
+class CopiesMismatchError(BlockLocalError, ValueError):
+    """A checkpoint does not hold the copies that heads borrow, or those of other weights. Nothing was loaded."""
+
+
 class NonFiniteLossError(BlockLocalError, RuntimeError):
     """The loss of one block became NaN or infinite. The block was not updated; its weights are still finite."""
 

@@ -52,7 +52,7 @@ class BlockScores:
         columns_BK3 = torch.zeros(batch_size, len(heads), 3, device=targets.values.device)
 
         def leave(block: int, hidden: Tensor, _router_logits: tuple[Tensor, ...]) -> None:
-            with outputs_not_recorded():
+            with outputs_not_recorded(), self.step.borrowing(block):
                 seen = self.step.seen_by_head(block, hidden, inputs)
             messages = heads[block].messages(seen, targets)
             scores_N3 = score(heads[block].loss, messages).to(columns_BK3.device)

@@ -10,7 +10,7 @@ gradient. With all layers above, the loss has the very gradient of backpropagati
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from hf_blocklocal.anatomy import is_encoder_decoder
 from hf_blocklocal.blocks import Cut, Trail, beside_hidden, map_tensors
+from hf_blocklocal.copies import Copies
 from hf_blocklocal.trace import Trace
 
 
@@ -41,6 +42,9 @@ def borrowed_layers(cut: Cut, block: int, count: int) -> tuple[int, ...]:
 class Shortcut:
     """The way from the end of a block to the model's logits.
 
+    Attributes:
+        copies: Copies of what lies above the blocks, to be used in place of the model's own weights; None for those.
+
     Args:
         model: The model.
         cut: Where it is cut.
@@ -51,12 +55,33 @@ class Shortcut:
 
     def __init__(self, model: nn.Module, cut: Cut, trace: Trace, count: int, reached: Sequence[set[str]]) -> None:
         self.model = model
+        self.copies: Copies | None = None
         self._cut = cut
         self._trace = trace
         self._layers = [model.get_submodule(path) for path in cut.layers]
         self._kept = [borrowed_layers(cut, block, count) for block in range(cut.num_blocks - 1)]
         self._foreign = [
             [parameter for name, parameter in model.named_parameters() if name not in mine] for mine in reached
+        ]
+
+    def lent_weights(self, owners: Mapping[str, int]) -> list[set[str]]:
+        """Return, for each block but the last, the names of the parameters that its head uses and a later block owns.
+
+        Args:
+            owners: The block that owns each parameter of the model.
+        """
+        stacks = self._cut.stacks
+        openers = [
+            index for index, lends in enumerate(self._trace.lends) if lends and index == stacks.index(stacks[index])
+        ]
+        layers = {name: self._cut.layer_of_path(name) for name in owners}
+        return [
+            {
+                name
+                for name, owner in owners.items()
+                if owner > block and (layers[name] is None or layers[name] in (*kept, *openers))
+            }
+            for block, kept in enumerate(self._kept)
         ]
 
     def logits(self, block: int, hidden: Tensor, inputs: Mapping[str, Any], trail: Trail) -> Tensor:
@@ -117,13 +142,17 @@ class Shortcut:
         return is_encoder_decoder(self.model) and not has_decoder_inputs
 
     @contextmanager
-    def read_only(self, block: int) -> Iterator[None]:
-        """Keep gradients from all parameters that the block's own layers do not use."""
+    def lent(self, block: int) -> Iterator[None]:
+        """Lend a block what lies above it, read-only, from the forward pass of its head to the end of the backward.
+
+        Parameters that the block's own layers do not use get no gradient.
+        """
         trainable = [parameter for parameter in self._foreign[block] if parameter.requires_grad]
         for parameter in trainable:
             parameter.requires_grad_(False)
         try:
-            yield
+            with self.copies.in_use(block) if self.copies is not None else nullcontext():
+                yield
         finally:
             for parameter in trainable:
                 parameter.requires_grad_(True)

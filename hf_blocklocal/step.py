@@ -119,7 +119,7 @@ class LocalStep:
             head = self.heads[block]
             if heads_only:
                 hidden, router_logits = hidden.detach(), tuple(logits.detach() for logits in router_logits)
-            with outputs_not_recorded(), self._read_only(block), _recording(head if heads_only else None):
+            with outputs_not_recorded(), self.borrowing(block), _recording(head if heads_only else None):
                 seen = self.seen_by_head(block, hidden, inputs)
                 if custom_loss is None:
                     loss = head(seen, targets).sum() * scale
@@ -158,8 +158,9 @@ class LocalStep:
         with self.boundaries.suspended():
             return self.shortcut.logits(block, hidden, inputs, self.boundaries.trail)
 
-    def _read_only(self, block: int) -> AbstractContextManager[None]:
-        return nullcontext() if self.shortcut is None else self.shortcut.read_only(block)
+    def borrowing(self, block: int) -> AbstractContextManager[None]:
+        """Lend the head of a block what it borrows from the model, for its forward and its backward pass."""
+        return nullcontext() if self.shortcut is None else self.shortcut.lent(block)
 
     def _router_loss(self, block: int, router_logits: tuple[Tensor, ...], targets: Targets) -> Tensor:
         """Return a block's part in the router loss: that of its own layers, in proportion to their number."""

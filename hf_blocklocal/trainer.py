@@ -20,6 +20,7 @@ from hf_blocklocal.assembly import Assembly, assemble, check_structure
 from hf_blocklocal.checkpoint import FILES, load_heads_, save_heads
 from hf_blocklocal.compilation import layers_compiled
 from hf_blocklocal.config import BlockLocalConfig
+from hf_blocklocal.copies import Copies
 from hf_blocklocal.data_parallel import broadcast_from_first
 from hf_blocklocal.evaluation import BlockScores
 from hf_blocklocal.groups import factors_by_block, scale_learning_rates_
@@ -122,6 +123,11 @@ class BlockLocalTrainer(Trainer):
             self._anchor = Anchor(assembly.lower_weights(), self.block_local.anchor)
         return self._anchor
 
+    @property
+    def _keepsakes(self) -> list[Anchor | Copies]:
+        """What a run that goes on needs beside weights and heads."""
+        return [kept for kept in (self.anchor, self.assembly.copies) if kept is not None]
+
     # ---- Setting up ----
 
     def create_accelerator_and_postprocess(self) -> None:
@@ -180,6 +186,7 @@ class BlockLocalTrainer(Trainer):
             self._finish_block(0, StepReport([loss]))
             return loss
         assembly, inputs = self.assembly, self._prepare_inputs(inputs)
+        assembly.begin_step(self.state.global_step)
         targets = assembly.read_targets(inputs, seed=self._seed_of_micro_batch())
         in_global_step = is_global(self.state.global_step, self.state.max_steps, self.block_local)
         if len(targets) == 0:
@@ -310,10 +317,10 @@ class BlockLocalTrainer(Trainer):
                 save_heads(folder, heads=self._assembly.heads, cut=self._assembly.cut)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        """Write where the weights started beside the optimizer, for a run that goes on from here."""
+        """Write anchor and copies beside the optimizer, for a run that goes on from here."""
         super()._save_optimizer_and_scheduler(output_dir)
-        if self.args.should_save and self.anchor is not None:
-            self.anchor.save(output_dir)
+        for kept in self._keepsakes if self.args.should_save else ():
+            kept.save(output_dir)
 
     def load_heads(self, folder: str) -> None:
         """Load the heads saved beside a model, so that an evaluation reports what each block would have predicted.
@@ -324,9 +331,9 @@ class BlockLocalTrainer(Trainer):
         load_heads_(self.assembly.heads, folder, cut=self.assembly.cut)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        """Load heads and anchor before the model, so that a checkpoint of another cut changes nothing."""
-        if self.anchor is not None:
-            self.anchor.load_(resume_from_checkpoint)
+        """Load heads, anchor and copies before the model, so that a checkpoint of another cut changes nothing."""
+        for kept in self._keepsakes:
+            kept.load_(resume_from_checkpoint)
         self.load_heads(resume_from_checkpoint)
         super()._load_from_checkpoint(resume_from_checkpoint, model)
 

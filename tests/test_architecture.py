@@ -17,6 +17,7 @@ FLOORS = [
         "bessel",
         "compilation",
         "config",
+        "copies",
         "data_parallel",
         "extras",
         "groups",

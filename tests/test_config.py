@@ -186,6 +186,29 @@ REFUSALS = {
         "head_layers=1 and sim=0.5 exclude each other: similarity matching compares a block's own output. Leave one "
         "of the two out.",
     ),
+    "copies of nothing": (
+        {"head_refresh_steps": 10},
+        "head_refresh_steps=10, head_refresh_lag=0, head_refresh_decay=0.0 copies borrowed layers, and head_layers=0 "
+        "borrows none. Set head_layers too.",
+    ),
+    "late copies of nothing": (
+        {"head_refresh_lag": 2},
+        "head_refresh_steps=1, head_refresh_lag=2, head_refresh_decay=0.0 copies borrowed layers, and head_layers=0 "
+        "borrows none. Set head_layers too.",
+    ),
+    "a lag behind the start": (
+        {"head_layers": 1, "head_refresh_steps": 0, "head_refresh_lag": 2},
+        "head_refresh_steps=0 keeps the layers that training began with, so head_refresh_lag=2 and "
+        "head_refresh_decay=0.0 have nothing to act on. Leave them out, or set head_refresh_steps.",
+    ),
+    "an average that never moves": (
+        {"head_layers": 1, "head_refresh_decay": 1},
+        "head_refresh_decay must be a number of at least 0 and below 1, got 1.",
+    ),
+    "a lag of less than nothing": (
+        {"head_layers": 1, "head_refresh_lag": -1},
+        "head_refresh_lag must be a whole number of at least 0, got -1.",
+    ),
     "prototypes where layers are borrowed": (
         {"feedback": "prototype", "head_layers": 1},
         "head_layers=1 and feedback='prototype' exclude each other: a head that borrows layers predicts with the "

@@ -42,6 +42,7 @@ def launched(arguments):
         ("bert", ["num_blocks=4", "step_per_block=true"]),
         ("bert", ["num_blocks=4", "step_per_block=true", "overlap=1", "global_every=3", "head_warmup_steps=1"]),
         ("bert", ["num_blocks=2", "anchor=2.0", "block_lr_decay=0.5", "global_every=2"]),
+        ("bert", ["num_blocks=2", "head_layers=1", "head_refresh_steps=2", "head_refresh_lag=1"]),
         ("gpt2", ["num_blocks=2", "negatives=null"]),
         ("llama", ["num_blocks=1"]),
     ],

@@ -1,0 +1,144 @@
+"""Copies of the layers above a block for its head to borrow, taken anew every few steps, some steps late.
+
+Backpropagation would send a gradient down with every step; here weights go down now and then. With `every` steps from
+one copy to the next and a `lag`, at steps t that are multiples of `every` the heads take the weights as they stood
+after step t - lag, so no block has to wait for those above it. A `decay` makes the copies move only a part of the way:
+an exponential moving average, as in momentum networks.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from hf_blocklocal.errors import CopiesMismatchError
+
+
+COPIES_NAME = "block_local_copies.safetensors"
+
+
+class Copies:
+    """What the heads of all blocks borrow, each weight copied once.
+
+    Buffers stay the model's own, and so do weights that are frozen when the copies are made.
+
+    Args:
+        model: The model.
+        lent: For each block but the last, the names of the parameters that its head borrows.
+        every: Steps from one copy to the next; 0 keeps the weights that training started with.
+        lag: Steps that a copy is old when it is taken into use.
+        decay: Share of the old copy that stays.
+    """
+
+    def __init__(
+        self, model: nn.Module, lent: Sequence[set[str]], *, every: int, lag: int = 0, decay: float = 0.0
+    ) -> None:
+        self.every, self.lag, self.decay = every, lag, decay
+        names = set().union(*lent)
+        self._live = {name: p for name, p in model.named_parameters() if name in names and p.requires_grad}
+        self._copies = {name: nn.Parameter(p.detach().clone(), requires_grad=False) for name, p in self._live.items()}
+        name_of = {parameter: name for name, parameter in self._live.items()}
+        places = [
+            (module, leaf, name_of[parameter])
+            for module in model.modules()
+            for leaf, parameter in module._parameters.items()
+            if parameter in name_of
+        ]
+        self._places = [[place for place in places if place[2] in mine] for mine in lent]
+        self._waiting: dict[int, dict[str, Tensor]] = {}
+        self._step = -1
+
+    @torch.no_grad()
+    def advance_(self, step: int) -> None:
+        """Take copies that are due. Call it before each step; calls for the same step after the first do nothing.
+
+        Args:
+            step: Optimizer steps taken so far. At 0 everything begins anew, with the weights as they are.
+        """
+        if step == self._step:
+            return
+        self._step = step
+        if step == 0:
+            self._waiting.clear()
+            for name, copy in self._copies.items():
+                copy.copy_(self._live[name])
+        if self.every == 0:
+            return
+        used_at = step + self.lag
+        if used_at % self.every == 0:
+            # Without lag they are used here and now, so nothing needs to be set aside.
+            taken = {name: p.detach() for name, p in self._live.items()}
+            self._waiting[used_at] = {name: p.clone() for name, p in taken.items()} if self.lag > 0 else taken
+        for name, weight in self._waiting.pop(step, {}).items():
+            copy = self._copies[name]
+            copy.lerp_(weight, 1 - self.decay) if self.decay > 0 else copy.copy_(weight)
+
+    @contextmanager
+    def in_use(self, block: int) -> Iterator[None]:
+        """Put the copies that a block's head borrows in the place of the model's own weights."""
+        for module, leaf, name in self._places[block]:
+            module._parameters[leaf] = self._copies[name]
+        try:
+            yield
+        finally:
+            for module, leaf, name in self._places[block]:
+                module._parameters[leaf] = self._live[name]
+
+    def save(self, save_directory: str | os.PathLike[str]) -> None:
+        """Write `block_local_copies.safetensors` into a folder: the copies, and those that wait to be used."""
+        tensors = {f"copy/{name}": copy.detach().contiguous() for name, copy in self._copies.items()}
+        for step, weights in self._waiting.items():
+            tensors |= {f"waiting/{step}/{name}": weight.contiguous() for name, weight in weights.items()}
+        schedule = torch.tensor([self._step, self.every, self.lag])
+        save_file(tensors | {"schedule": schedule}, Path(save_directory) / COPIES_NAME)
+
+    def load_(self, save_directory: str | os.PathLike[str]) -> None:
+        """Read the copies of an earlier run from its checkpoint.
+
+        Raises:
+            CopiesMismatchError: If the file is missing, holds other weights, or was made at other steps. Nothing has
+                been loaded then.
+        """
+        path = Path(save_directory) / COPIES_NAME
+        if not path.is_file():
+            raise CopiesMismatchError(
+                f"{save_directory} holds no {COPIES_NAME}: heads of that run borrowed no copies, or it was saved with "
+                "save_only_model=True. Resume with head_refresh_steps=1 and neither lag nor decay, or train on from "
+                "the model weights alone."
+            )
+        tensors = load_file(path)
+        step, *schedule = tensors.pop("schedule").tolist()
+        if schedule != [self.every, self.lag]:
+            raise CopiesMismatchError(
+                f"The copies in {path} were taken with head_refresh_steps={schedule[0]} and "
+                f"head_refresh_lag={schedule[1]}, and this run has {self.every} and {self.lag}. Resume with those of "
+                "that run, or train on from the model weights alone."
+            )
+        copies = {key.removeprefix("copy/"): tensor for key, tensor in tensors.items() if key.startswith("copy/")}
+        self._check_fit(path, copies)
+        self._step = step
+        self._waiting.clear()
+        with torch.no_grad():
+            for name, copy in self._copies.items():
+                copy.copy_(copies[name])
+        for key, tensor in tensors.items():
+            if key.startswith("waiting/"):
+                _, used_at, name = key.split("/", 2)
+                self._waiting.setdefault(int(used_at), {})[name] = tensor.to(self._live[name].device)
+
+    def _check_fit(self, path: Path, copies: dict[str, Tensor]) -> None:
+        here = {name: tuple(copy.shape) for name, copy in self._copies.items()}
+        there = {name: tuple(copy.shape) for name, copy in copies.items()}
+        if here != there:
+            name = sorted(dict(here.items() ^ there.items()))[0]
+            raise CopiesMismatchError(
+                f"The borrowed weights in {path} do not fit: {name} has shape {there.get(name)} in the file and "
+                f"{here.get(name)} here (None: it is not there). Resume with the cut, the head_layers and the "
+                "trainable parameters of that run."
+            )
