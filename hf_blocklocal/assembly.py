@@ -149,7 +149,9 @@ class Assembly:
                 taught = f"{type(head.feedback).__name__}, {type(head.loss).__name__} ({head.loss.family.name})"
                 if head.borrows:
                     layers_above = borrowed_layers(self.cut, block, self.config.head_layers)
-                    taught += f" through layers {', '.join(map(str, layers_above))}"
+                    through = ["a lens"] if head.lens is not None else []
+                    through += [f"layers {', '.join(map(str, layers_above))}"] if layers_above else []
+                    taught += f" through {' and '.join(through)}"
             layers = f"{span.start}-{span.last}" if self.last > 0 else "all"
             rows.append((str(block), layers, f"{in_block:,}", f"{in_head:,}", taught))
         widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
@@ -210,7 +212,7 @@ def assemble(
     boundaries = Boundaries(model, cut, router_loss.routers if router_loss else None)
     reach = trace_reach(model, boundaries, inputs)
     owners = owners_of((name for name, _ in model.named_parameters()), cut, reach)
-    shortcut = _shortcut(model, config, trace, cut, reach, owners) if config.head_layers > 0 else None
+    shortcut = _shortcut(model, config, trace, cut, reach, owners) if config.borrows else None
     return Assembly(
         config=config,
         task=trace.task,
@@ -234,6 +236,11 @@ def _shortcut(
         raise UnsupportedSettingError(
             f"head_layers needs a model with one stack of layers, or an encoder and a decoder. {type(model).__name__} "
             f"has {trace.stacks[-1] + 1} stacks, and its config does not say is_encoder_decoder. Use head_layers=0."
+        )
+    if config.head_layers == 0 and not trace.ends_in_final_stack(cut.spans[0].last):
+        raise UnsupportedSettingError(
+            f"Block 0 ends in the encoder of {type(model).__name__}, and with head_layers=0 no decoder layer reads "
+            "what a lens makes of it. Use head_lens with head_layers=1 or more, or none of the two."
         )
     shortcut = Shortcut(model, cut, trace, config.head_layers, reach)
     every, lag, decay = config.head_refresh_steps, config.head_refresh_lag, config.head_refresh_decay
@@ -260,10 +267,12 @@ def _uncut(model: nn.Module, config: BlockLocalConfig) -> Assembly:
 def _head(
     model: nn.Module, config: BlockLocalConfig, trace: Trace, cut: Cut, block: int, label_smoothing: float
 ) -> FeedbackHead:
-    # A head that borrows layers answers where the model's own does.
-    layer = cut.spans[block].last if config.head_layers == 0 else len(cut.layers) - 1
+    layer = cut.spans[block].last
     shape = trace.shapes[layer]
-    alignment = choose_alignment(trace.task, shape, trace.labels_shape, final_stack=trace.ends_in_final_stack(layer))
+    # A head that borrows layers answers where the model's own does.
+    answers = len(cut.layers) - 1 if config.borrows else layer
+    final_stack = trace.ends_in_final_stack(answers)
+    alignment = choose_alignment(trace.task, trace.shapes[answers], trace.labels_shape, final_stack=final_stack)
     return build_head(
         config,
         trace.task,

@@ -77,6 +77,11 @@ class Trail:
     beside: tuple[Any, ...] = ()
     ends: dict[int, Tensor] = field(default_factory=dict)
 
+    def detached(self) -> Trail:
+        """Return the same without history."""
+        ends = {index: end.detach() for index, end in self.ends.items()}
+        return Trail(map_tensors(self.beside, Tensor.detach), ends)
+
 
 class Boundaries:
     """The hooks that cut a model.
@@ -214,7 +219,7 @@ class _Visit:
                 logits.detach_()
             self._router_logits.clear()
             self._made_here.clear()
-            self.trail = Trail(ends={index: end.detach() for index, end in self.trail.ends.items()})
+            self.trail = Trail(ends=self.trail.detached().ends)
             return map_tensors(
                 output, lambda tensor: handed_on if handed_on is not None and tensor is hidden else tensor.detach()
             )

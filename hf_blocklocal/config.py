@@ -83,6 +83,11 @@ class BlockLocalConfig:
         "head. 0 is a light readout; all of them give the very gradient of backpropagation. Measured at K = 2 "
         "(README): freezing .735, 0 layers .898, 1 layer .922, 2 layers .914, backpropagation .909.",
     )
+    head_lens: bool = _help(
+        False,
+        "Whether a learned affine map, the identity at first, translates a block's output for what its head borrows. "
+        "With head_layers=0 that is the model's own final norm and task head.",
+    )
     head_refresh_steps: int = _help(
         1,
         "Steps from one copy of the borrowed layers to the next. 1 is live layers, 0 those that training began with.",
@@ -172,7 +177,7 @@ class BlockLocalConfig:
                 raise ConfigError(f"{name} must be a whole number of at least {least}, got {value!r}.")
 
     def _check_types(self) -> None:
-        for name in ("step_per_block", "evaluate_blocks"):
+        for name in ("step_per_block", "evaluate_blocks", "head_lens"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name} must be true or false, got {getattr(self, name)!r}.")
         for name, kind, what in (("boundaries", int, "whole numbers"), ("layers", str, "dotted names")):
@@ -208,16 +213,21 @@ class BlockLocalConfig:
         if margin is not None and not (is_number and 0 < margin < 1):
             raise ConfigError(f"satisfied_at must be a probability between 0 and 1, or left out; got {margin!r}.")
 
+    @property
+    def borrows(self) -> bool:
+        """Whether heads borrow the model's own upper parts."""
+        return self.head_layers > 0 or self.head_lens
+
     def _check_head(self) -> None:
-        if self.head_layers > 0 and self.feedback in ("direct", "prototype"):
+        borrowing = "head_lens=True" if self.head_layers == 0 else f"head_layers={self.head_layers}"
+        if self.borrows and self.feedback in ("direct", "prototype"):
             raise ConfigError(
-                f"head_layers={self.head_layers} and feedback={self.feedback!r} exclude each other: a head that "
+                f"{borrowing} and feedback={self.feedback!r} exclude each other: a head that "
                 "borrows layers predicts with the model's own task head. Use feedback='auto'."
             )
-
-        if self.head_layers > 0 and self.sim > 0:
+        if self.borrows and self.sim > 0:
             raise ConfigError(
-                f"head_layers={self.head_layers} and sim={self.sim} exclude each other: similarity matching compares "
+                f"{borrowing} and sim={self.sim} exclude each other: similarity matching compares "
                 "a block's own output. Leave one of the two out."
             )
         if self.satisfied_at is not None and self.feedback == "prototype":
@@ -230,15 +240,15 @@ class BlockLocalConfig:
                 f"satisfied_at={self.satisfied_at} and sim={self.sim} exclude each other: one masks targets one by "
                 "one, the other compares all of them. Leave one of the two out."
             )
-        if self.head_layers > 0 and self.readout != "linear":
+        if self.borrows and self.readout != "linear":
             raise ConfigError(
-                f"head_layers={self.head_layers} and readout={self.readout!r} exclude each other: a head that borrows "
+                f"{borrowing} and readout={self.readout!r} exclude each other: a head that borrows "
                 "layers has no readout. Leave one of the two out."
             )
 
     def _check_refresh(self) -> None:
         asked = {name: getattr(self, f"head_refresh_{name}") for name in ("steps", "lag", "decay")}
-        if self.head_layers == 0 and asked != {"steps": 1, "lag": 0, "decay": 0.0}:
+        if not self.borrows and asked != {"steps": 1, "lag": 0, "decay": 0.0}:
             given = ", ".join(f"head_refresh_{name}={value}" for name, value in asked.items())
             raise ConfigError(f"{given} copies borrowed layers, and head_layers=0 borrows none. Set head_layers too.")
         if self.head_refresh_steps == 0 and (self.head_refresh_lag > 0 or self.head_refresh_decay > 0):

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_blocklocal.anatomy import is_encoder_decoder
-from hf_blocklocal.blocks import Cut, Trail, beside_hidden, map_tensors
+from hf_blocklocal.blocks import Cut, Trail, beside_hidden
 from hf_blocklocal.copies import Copies
 from hf_blocklocal.trace import Trace
 
@@ -28,7 +28,7 @@ def borrowed_layers(cut: Cut, block: int, count: int) -> tuple[int, ...]:
     Args:
         cut: Where the model is cut.
         block: The block.
-        count: Layers to borrow, at most all above the block.
+        count: Layers to borrow, at most all above the block; 0 for none.
 
     Returns:
         Indices of layers above the block, evenly spread, the last layer among them.
@@ -89,7 +89,7 @@ class Shortcut:
 
         Args:
             block: The block.
-            hidden: Its output, (B, S, D). If it carries no gradient, nothing does.
+            hidden: Its output, (B, S, D).
             inputs: The model's inputs; the labels are left out, unless a decoder's inputs are made from them.
             trail: What the forward pass under way has left so far.
 
@@ -114,8 +114,6 @@ class Shortcut:
         end = self._cut.spans[block].last
         known = {index: (state, *[None] * (self._trace.forms[index] - 1)) for index, state in trail.ends.items()}
         known[end] = (hidden, *trail.beside)
-        if not hidden.requires_grad:
-            known = {index: map_tensors(output, Tensor.detach) for index, output in known.items()}
         return {index: output[0] if self._trace.forms[index] == 0 else output for index, output in known.items()}
 
     def _passing_on(self, index: int, beside: _Beside, *, bypassed: bool) -> Callable[..., Any]:
@@ -142,12 +140,15 @@ class Shortcut:
         return is_encoder_decoder(self.model) and not has_decoder_inputs
 
     @contextmanager
-    def lent(self, block: int) -> Iterator[None]:
+    def lent(self, block: int, *, head_only: bool = False) -> Iterator[None]:
         """Lend a block what lies above it, read-only, from the forward pass of its head to the end of the backward.
 
-        Parameters that the block's own layers do not use get no gradient.
+        Args:
+            block: The block. Parameters that its own layers do not use get no gradient.
+            head_only: Whether no parameter of the model gets any.
         """
-        trainable = [parameter for parameter in self._foreign[block] if parameter.requires_grad]
+        read_only = self.model.parameters() if head_only else self._foreign[block]
+        trainable = [parameter for parameter in read_only if parameter.requires_grad]
         for parameter in trainable:
             parameter.requires_grad_(False)
         try:

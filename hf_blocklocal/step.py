@@ -119,7 +119,11 @@ class LocalStep:
             head = self.heads[block]
             if heads_only:
                 hidden, router_logits = hidden.detach(), tuple(logits.detach() for logits in router_logits)
-            with outputs_not_recorded(), self.borrowing(block), _recording(head if heads_only else None):
+            with (
+                outputs_not_recorded(),
+                self.borrowing(block, heads_only=heads_only),
+                _recording(head if heads_only else None),
+            ):
                 seen = self.seen_by_head(block, hidden, inputs)
                 if custom_loss is None:
                     loss = head(seen, targets).sum() * scale
@@ -155,12 +159,13 @@ class LocalStep:
         if self.shortcut is None:
             return hidden
         assert inputs is not None, "heads that borrow layers need the inputs of the model"
+        trail = self.boundaries.trail if hidden.requires_grad else self.boundaries.trail.detached()
         with self.boundaries.suspended():
-            return self.shortcut.logits(block, hidden, inputs, self.boundaries.trail)
+            return self.shortcut.logits(block, self.heads[block].translate(hidden), inputs, trail)
 
-    def borrowing(self, block: int) -> AbstractContextManager[None]:
+    def borrowing(self, block: int, *, heads_only: bool = False) -> AbstractContextManager[None]:
         """Lend the head of a block what it borrows from the model, for its forward and its backward pass."""
-        return nullcontext() if self.shortcut is None else self.shortcut.lent(block)
+        return nullcontext() if self.shortcut is None else self.shortcut.lent(block, head_only=heads_only)
 
     def _router_loss(self, block: int, router_logits: tuple[Tensor, ...], targets: Targets) -> Tensor:
         """Return a block's part in the router loss: that of its own layers, in proportion to their number."""

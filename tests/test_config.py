@@ -186,6 +186,15 @@ REFUSALS = {
         "head_layers=1 and sim=0.5 exclude each other: similarity matching compares a block's own output. Leave one "
         "of the two out.",
     ),
+    "a lens where nothing is borrowed": (
+        {"feedback": "direct", "head_lens": True},
+        "head_lens=True and feedback='direct' exclude each other: a head that borrows layers predicts with the "
+        "model's own task head. Use feedback='auto'.",
+    ),
+    "a lens that is a number": (
+        {"head_lens": 1},
+        "head_lens must be true or false, got 1.",
+    ),
     "copies of nothing": (
         {"head_refresh_steps": 10},
         "head_refresh_steps=10, head_refresh_lag=0, head_refresh_decay=0.0 copies borrowed layers, and head_layers=0 "

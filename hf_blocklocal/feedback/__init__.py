@@ -11,6 +11,7 @@ from hf_blocklocal.feedback.base import FeedbackNetwork
 from hf_blocklocal.feedback.direct import DirectFeedback
 from hf_blocklocal.feedback.head import FeedbackHead
 from hf_blocklocal.feedback.label import LabelFeedback
+from hf_blocklocal.feedback.lens import Lens
 from hf_blocklocal.feedback.prototype import PrototypeFeedback
 from hf_blocklocal.feedback.readout import READOUTS, LinearReadout, MLPReadout
 from hf_blocklocal.losses import LOSSES, SimilarityMatching
@@ -55,7 +56,7 @@ def build_head(
         TargetError: If the chosen feedback or family cannot carry targets of this task, or gives no probability or no
             similarity where `satisfied_at` or `sim` asks for one.
     """
-    borrows = config.head_layers > 0
+    borrows = config.borrows
     feedback_name = config.feedback
     if feedback_name == "auto":
         feedback_name = "direct" if DirectFeedback.fits(task) and not borrows else "label"
@@ -99,6 +100,7 @@ def build_head(
         alignment=alignment,
         pooling=config.pooling,
         borrows=borrows,
+        lens=Lens(hidden_width) if config.head_lens else None,
         satisfied_at=config.satisfied_at,
         similarity=SimilarityMatching(hidden_width) if config.sim > 0 else None,
         sim=config.sim,
@@ -112,6 +114,7 @@ __all__ = [
     "FeedbackHead",
     "FeedbackNetwork",
     "LabelFeedback",
+    "Lens",
     "LinearReadout",
     "MLPReadout",
     "PrototypeFeedback",

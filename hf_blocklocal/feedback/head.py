@@ -7,6 +7,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from hf_blocklocal.feedback.base import FeedbackNetwork
+from hf_blocklocal.feedback.lens import Lens
 from hf_blocklocal.losses import LocalLoss, Messages, SimilarityMatching
 from hf_blocklocal.losses.margin import satisfied
 from hf_blocklocal.targets import Alignment, Pooling, Targets
@@ -23,6 +24,7 @@ class FeedbackHead(nn.Module):
         pooling: How a sample's hidden states are pooled where it has not.
         borrows: Whether it is given logits that borrowed layers of the model have made of the block's output, in
             place of that output.
+        lens: Translates the block's output for those layers; None hands it on as it is.
         satisfied_at: Probability of a target from which on it teaches no longer; None is never.
         similarity: Matches the batch's similarities beside the loss.
         sim: Weight of that, and 1 minus that of the loss. At 1 the loss teaches its own readout, and not the block.
@@ -37,6 +39,7 @@ class FeedbackHead(nn.Module):
         alignment: Alignment,
         pooling: Pooling,
         borrows: bool = False,
+        lens: Lens | None = None,
         satisfied_at: float | None = None,
         similarity: SimilarityMatching | None = None,
         sim: float = 0.0,
@@ -48,9 +51,14 @@ class FeedbackHead(nn.Module):
         self.alignment = alignment
         self.pooling = pooling
         self.borrows = borrows
+        self.lens = lens
         self.satisfied_at = satisfied_at
         self.similarity = similarity
         self.sim = sim
+
+    def translate(self, hidden: Tensor) -> Tensor:
+        """Return what borrowed layers are to be given in place of the block's output."""
+        return hidden if self.lens is None else self.lens(hidden)
 
     def messages(self, hidden: Tensor, targets: Targets) -> Messages:
         """Compute both messages.
