@@ -5,8 +5,9 @@ This is the place to start for a training loop of one's own; the trainer does no
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from hf_blocklocal.anatomy import (
 from hf_blocklocal.blocks import Boundaries, Cut
 from hf_blocklocal.config import BlockLocalConfig
 from hf_blocklocal.copies import Copies
+from hf_blocklocal.costs import head_costs
 from hf_blocklocal.errors import UnsupportedSettingError
 from hf_blocklocal.feedback import FeedbackHead, build_head
 from hf_blocklocal.partition import Span
@@ -31,6 +33,12 @@ from hf_blocklocal.shortcut import Shortcut, borrowed_layers
 from hf_blocklocal.step import LocalStep
 from hf_blocklocal.targets import Targets, Task, choose_alignment, read_targets
 from hf_blocklocal.trace import Trace, owners_of, plan_cut, plan_spans, trace_layers, trace_reach
+
+
+logger = logging.getLogger(__name__)
+
+# What training the blocks apart can gain is spent by heads that cost more than this share of their block.
+LIGHT = 0.1
 
 
 class TaughtModel(nn.Module):
@@ -63,6 +71,8 @@ class Assembly:
         parameters: The parameters of each block and its head, in the model's order.
         step: Runs one local training step.
         counts_items: Whether the model's own loss heeds `num_items_in_batch`.
+        head_costs: Operations of each head as a share of those of its block, forward and backward, in the traced
+            batch; none where that has no target that counts.
     """
 
     config: BlockLocalConfig
@@ -72,6 +82,7 @@ class Assembly:
     parameters: tuple[tuple[nn.Parameter, ...], ...]
     step: LocalStep
     counts_items: bool
+    head_costs: tuple[float, ...] = ()
 
     @property
     def heads(self) -> nn.ModuleList:
@@ -138,8 +149,11 @@ class Assembly:
             )
 
     def describe(self) -> str:
-        """Return the cut as a table: block, layers, parameters of block and head, what teaches it."""
-        rows = [("block", "layers", "parameters", "head", "taught by")]
+        """Return the cut as a table: block, layers, parameters of block and head, cost of the head, what teaches it.
+
+        The cost is the head's share of the operations of its block.
+        """
+        rows = [("block", "layers", "parameters", "head", "cost", "taught by")]
         for block, span in enumerate(self.cut.spans):
             head = self.heads[block] if block < self.last else None
             in_head = 0 if head is None else sum(parameter.numel() for parameter in head.parameters())
@@ -153,10 +167,27 @@ class Assembly:
                     through += [f"layers {', '.join(map(str, layers_above))}"] if layers_above else []
                     taught += f" through {' and '.join(through)}"
             layers = f"{span.start}-{span.last}" if self.last > 0 else "all"
-            rows.append((str(block), layers, f"{in_block:,}", f"{in_head:,}", taught))
+            rows.append((str(block), layers, f"{in_block:,}", f"{in_head:,}", self._cost_of_head(block), taught))
         widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
         lines = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
         return "\n".join(line.rstrip() for line in lines)
+
+    def _cost_of_head(self, block: int) -> str:
+        if block >= len(self.head_costs):
+            return ""
+        cost = self.head_costs[block]
+        return "<1%" if cost < 0.01 else f"{cost:.0%}"
+
+    def warn_of_heavy_heads(self) -> None:
+        """Say which heads cost more than a tenth of their block."""
+        heavy = [f"{block} ({cost:.0%})" for block, cost in enumerate(self.head_costs) if cost > LIGHT]
+        if heavy:
+            logger.warning(
+                "The heads of these blocks cost more than %.0f%% of the operations of their block: %s. Larger blocks, "
+                "fewer head_layers or a smaller latent_dim make them lighter.",
+                100 * LIGHT,
+                ", ".join(heavy),
+            )
 
 
 def check_structure(model: nn.Module, config: BlockLocalConfig) -> None:
@@ -189,7 +220,7 @@ def assemble(
     Args:
         model: A transformers model with a task head, on its device.
         config: How to cut and teach it.
-        inputs: A small batch with labels, on the same device; it is run three times without dropout. Not looked at
+        inputs: A small batch with labels, on the same device; it is run a few times without dropout. Not looked at
             with a single block.
         label_smoothing: Weight of the uniform distribution mixed into class targets.
         seed: Seed of the heads' first weights. The caller's random stream is left untouched.
@@ -213,7 +244,7 @@ def assemble(
     reach = trace_reach(model, boundaries, inputs)
     owners = owners_of((name for name, _ in model.named_parameters()), cut, reach)
     shortcut = _shortcut(model, config, trace, cut, reach, owners) if config.borrows else None
-    return Assembly(
+    assembly = Assembly(
         config=config,
         task=trace.task,
         cut=cut,
@@ -222,6 +253,11 @@ def assemble(
         step=LocalStep(boundaries, module.heads, router_loss=router_loss, shortcut=shortcut, overlap=config.overlap),
         counts_items=trace.counts_items,
     )
+    targets = assembly.read_targets(inputs)
+    if len(targets) > 0:
+        assembly = replace(assembly, head_costs=head_costs(model, assembly.step, trace.costs, inputs, targets))
+    assembly.warn_of_heavy_heads()
+    return assembly
 
 
 def _shortcut(

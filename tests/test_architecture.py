@@ -35,7 +35,7 @@ FLOORS = [
     ["checkpoint", "trace"],
     ["shortcut"],
     ["step"],
-    ["evaluation"],
+    ["costs", "evaluation"],
     ["assembly"],
     ["callbacks"],
     ["trainer"],

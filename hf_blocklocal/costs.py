@@ -1,0 +1,70 @@
+"""Count what the head of a block costs beside its block, in floating-point operations of a training step.
+
+Matrix products and convolutions count, as `FlopCounterMode` has it; element-wise operations do not. What a head does
+once per step, whatever the size of the batch, does not count either: the batch that is counted is a small one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from hf_blocklocal.anatomy import outputs_not_recorded
+from hf_blocklocal.feedback import FeedbackHead
+from hf_blocklocal.step import LocalStep
+from hf_blocklocal.targets import Targets
+from hf_blocklocal.trace import evaluation_mode
+
+
+# A backward pass computes two products for each one of the forward pass: for the weights, and for the input.
+_FORWARD_AND_BACKWARD = 3
+
+
+def head_costs(
+    model: nn.Module, step: LocalStep, layer_costs: Sequence[float], inputs: Mapping[str, Any], targets: Targets
+) -> tuple[float, ...]:
+    """Return the operations of each head as a share of those of its block.
+
+    Borrowed layers count with their forward pass and the half of the backward pass that goes to their input.
+
+    Args:
+        model: The model.
+        step: Its local step.
+        layer_costs: Operations of the forward pass of each layer.
+        inputs: The batch that these have been counted with.
+        targets: Its targets.
+    """
+    spans = step.boundaries.cut.spans
+    in_blocks = [_FORWARD_AND_BACKWARD * sum(layer_costs[span.start : span.stop]) for span in spans]
+    in_heads = head_operations(model, step, inputs, targets)
+    return tuple(head / block if block > 0 else 0.0 for head, block in zip(in_heads, in_blocks[:-1], strict=True))
+
+
+def head_operations(model: nn.Module, step: LocalStep, inputs: Mapping[str, Any], targets: Targets) -> list[int]:
+    """Count the operations of every head, forward and backward, that grow with the batch; it may hold no gradient."""
+    counts: list[int] = []
+
+    def leave(block: int, hidden: Tensor, _router_logits: tuple[Tensor, ...]) -> None:
+        head, leaf = step.heads[block], hidden.detach().requires_grad_()
+        with torch.enable_grad(), outputs_not_recorded(), step.borrowing(block, heads_only=True):
+            with FlopCounterMode(display=False) as counter:
+                head(step.seen_by_head(block, leaf, inputs), targets).sum().backward()
+            counts.append(counter.get_total_flops() - _once_per_step(head, targets))
+        head.zero_grad()
+
+    with evaluation_mode(model), evaluation_mode(step.heads), torch.no_grad(), step.boundaries.attached(leave):
+        model(**inputs)
+    return counts
+
+
+def _once_per_step(head: FeedbackHead, targets: Targets) -> int:
+    """Count the operations of the messages of all possible targets."""
+    with FlopCounterMode(display=False) as counter:
+        messages_CZ = head.feedback(targets)
+        if messages_CZ is not None and messages_CZ.requires_grad:
+            messages_CZ.sum().backward()
+    return counter.get_total_flops()
