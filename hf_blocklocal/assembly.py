@@ -21,14 +21,16 @@ from hf_blocklocal.anatomy import (
 )
 from hf_blocklocal.blocks import Boundaries, Cut
 from hf_blocklocal.config import BlockLocalConfig
+from hf_blocklocal.defaults import settled
 from hf_blocklocal.errors import UnsupportedSettingError
 from hf_blocklocal.feedback import FeedbackHead, build_head
+from hf_blocklocal.losses import Contrast
 from hf_blocklocal.partition import Span
 from hf_blocklocal.sampling import with_candidates
-from hf_blocklocal.shortcut import Shortcut, borrowed_layers
+from hf_blocklocal.shortcut import Shortcut, borrowed_layers, can_be_confined
 from hf_blocklocal.step import LocalStep
 from hf_blocklocal.targets import Targets, Task, choose_alignment, read_targets
-from hf_blocklocal.trace import Trace, owners_of, plan_cut, plan_spans, trace_layers, trace_reach
+from hf_blocklocal.trace import Trace, evaluation_mode, owners_of, plan_cut, plan_spans, trace_layers, trace_reach
 
 
 class TaughtModel(nn.Module):
@@ -54,7 +56,7 @@ class Assembly:
     """A model ready to be trained block by block.
 
     Attributes:
-        config: How it is cut and taught.
+        config: How it is cut and taught, with nothing left open.
         task: What it is to predict; None with a single block, which asks for nothing but the model's own loss.
         cut: Where it is cut.
         module: The model with its heads.
@@ -94,9 +96,11 @@ class Assembly:
         if self.task is None:
             return None
         targets = read_targets(self.task, inputs)
-        if self.task.target != "vocabulary" or all(head.feedback.loss != "contrast" for head in self.heads):
+        if self.task.target != "vocabulary" or not any(isinstance(head.loss, Contrast) for head in self.heads):
             return targets
         generator = torch.Generator().manual_seed(_mix(seed))
+        shortcut = self.step.shortcut
+        whole_vocabulary = whole_vocabulary or (shortcut is not None and not shortcut.confines)
         negatives = None if whole_vocabulary else self.config.negatives
         embedding = target_embedding(self.module.model)
         return with_candidates(targets, embedding, negatives=negatives, generator=generator)
@@ -184,6 +188,7 @@ def assemble(
         return _uncut(model, config)
     trace = trace_layers(model, find_stacks(model, config.layers), inputs)
     cut = plan_cut(trace, config)
+    config = settled(config, lends=trace.stacks[-1] == 0)
     device = inputs["labels"].device
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
@@ -194,9 +199,11 @@ def assemble(
     boundaries = Boundaries(model, cut, router_loss.routers if router_loss else None)
     reach = trace_reach(model, boundaries, inputs)
     shortcut = None
-    if config.head_layers > 0:
+    if config.head_layers:
         _check_single_stack(model, trace)
-        shortcut = Shortcut(model, cut, trace.forms, config.head_layers, reach)
+        with evaluation_mode(model):
+            confines = trace.task.target == "vocabulary" and can_be_confined(model, inputs)
+        shortcut = Shortcut(model, cut, trace.forms, config.head_layers, reach, confines=confines)
     owners = owners_of((name for name, _ in model.named_parameters()), cut, reach)
     return Assembly(
         config=config,

@@ -77,11 +77,11 @@ class BlockLocalConfig:
     readout: Literal["linear", "mlp"] = _help(
         "linear", "What reads a message from a block's output: one linear map, or two with a GELU between them."
     )
-    head_layers: int = _help(
-        0,
+    head_layers: int | None = _help(
+        None,
         "Layers above a block that its head borrows, evenly spread, live and read-only, with the model's own task "
-        "head. 0 is a light readout; all of them give the very gradient of backpropagation. Measured at K = 2 "
-        "(README): freezing .735, 0 layers .898, 1 layer .922, 2 layers .914, backpropagation .909.",
+        "head. 0 is a light readout; all of them give the very gradient of backpropagation. Default: 1 in two "
+        "blocks and 2 in more, where the model can lend and no field asks for a head of another kind; else 0.",
     )
     sim: float = _help(
         0.0,
@@ -152,7 +152,7 @@ class BlockLocalConfig:
         positive = dict.fromkeys(("num_blocks", "latent_dim", "negatives", "global_every"), 1)
         for name, least in {**positive, "head_layers": 0, "overlap": 0, "head_warmup_steps": 0}.items():
             value = getattr(self, name)
-            if value is None and name in ("negatives", "global_every"):
+            if value is None and name in ("negatives", "global_every", "head_layers"):
                 continue
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise ConfigError(f"{name} must be a whole number of at least {least}, got {value!r}.")
@@ -191,13 +191,13 @@ class BlockLocalConfig:
             raise ConfigError(f"satisfied_at must be a probability between 0 and 1, or left out; got {margin!r}.")
 
     def _check_head(self) -> None:
-        if self.head_layers > 0 and self.feedback in ("direct", "prototype"):
+        if self.head_layers and self.feedback in ("direct", "prototype"):
             raise ConfigError(
                 f"head_layers={self.head_layers} and feedback={self.feedback!r} exclude each other: a head that "
                 "borrows layers predicts with the model's own task head. Use feedback='auto'."
             )
 
-        if self.head_layers > 0 and self.sim > 0:
+        if self.head_layers and self.sim > 0:
             raise ConfigError(
                 f"head_layers={self.head_layers} and sim={self.sim} exclude each other: similarity matching compares "
                 "a block's own output. Leave one of the two out."
@@ -212,11 +212,17 @@ class BlockLocalConfig:
                 f"satisfied_at={self.satisfied_at} and sim={self.sim} exclude each other: one masks targets one by "
                 "one, the other compares all of them. Leave one of the two out."
             )
-        if self.head_layers > 0 and self.readout != "linear":
+        if self.head_layers and self.readout != "linear":
             raise ConfigError(
                 f"head_layers={self.head_layers} and readout={self.readout!r} exclude each other: a head that borrows "
                 "layers has no readout. Leave one of the two out."
             )
+
+    @property
+    def chooses_own_head(self) -> bool:
+        """Whether a field asks for a head that reads the block's output itself, and borrows nothing."""
+        names = ("feedback", "loss", "family", "readout", "latent_dim", "pooling", "sim")
+        return any(getattr(self, name) != getattr(type(self), name) for name in names)
 
     def _check_cut(self) -> None:
         if self.boundaries is None:

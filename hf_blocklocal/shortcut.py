@@ -8,9 +8,12 @@ get no gradient. With all layers above, the loss has the very gradient of backpr
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from types import MethodType
 from typing import Any
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hf_blocklocal.blocks import Cut
@@ -42,12 +45,21 @@ class Shortcut:
         forms: For each layer, 0 if it returns its hidden state, n if it returns a tuple of n that starts with it.
         count: Layers that every head borrows.
         reached: For each block, the names of the parameters that its own layers use.
+        confines: Whether the language-model head may be confined to some tokens.
     """
 
     def __init__(
-        self, model: nn.Module, cut: Cut, forms: Sequence[int], count: int, reached: Sequence[set[str]]
+        self,
+        model: nn.Module,
+        cut: Cut,
+        forms: Sequence[int],
+        count: int,
+        reached: Sequence[set[str]],
+        *,
+        confines: bool = False,
     ) -> None:
         self.model = model
+        self.confines = confines
         self._layers = [model.get_submodule(path) for path in cut.layers]
         self._ends = [span.last for span in cut.spans]
         self._forms = forms
@@ -56,24 +68,26 @@ class Shortcut:
             [parameter for name, parameter in model.named_parameters() if name not in mine] for mine in reached
         ]
 
-    def logits(self, block: int, hidden: Tensor, inputs: Mapping[str, Any]) -> Tensor:
+    def logits(self, block: int, hidden: Tensor, inputs: Mapping[str, Any], tokens_C: Tensor | None = None) -> Tensor:
         """Run the model from the end of a block.
 
         Args:
             block: The block.
             hidden: Its output, (B, S, D).
             inputs: The model's inputs; the labels are left out.
+            tokens_C: Tokens to which a language-model head is confined; None for the whole vocabulary.
 
         Returns:
             The model's logits, (B, C) or (B, S, C).
         """
         with ExitStack() as stack:
+            if tokens_C is not None:
+                stack.enter_context(_confined_to(self.model.get_output_embeddings(), tokens_C))
             for index, layer in enumerate(self._layers):
                 if index not in self._kept[block]:
                     given = hidden if index == self._ends[block] else None
                     stack.enter_context(_replaced_forward(layer, _stub(given, self._forms[index])))
-            outputs = self.model(**{name: value for name, value in inputs.items() if name != "labels"})
-        return outputs["logits"] if isinstance(outputs, Mapping) else outputs[0]
+            return _logits(self.model, inputs)
 
     @contextmanager
     def read_only(self, block: int) -> Iterator[None]:
@@ -86,6 +100,42 @@ class Shortcut:
         finally:
             for parameter in trainable:
                 parameter.requires_grad_(True)
+
+
+@torch.no_grad()
+def can_be_confined(model: nn.Module, inputs: Mapping[str, Any]) -> bool:
+    """Tell whether a model gives the right logits of some tokens when its language-model head knows no others.
+
+    Args:
+        model: The model, without dropout.
+        inputs: A small batch.
+    """
+    head = model.get_output_embeddings()
+    if type(head) is not nn.Linear:
+        return False
+    tokens_C = torch.tensor([1, 0], device=head.weight.device)
+    logits = _logits(model, inputs)
+    with _confined_to(head, tokens_C):
+        try:
+            confined = _logits(model, inputs)
+        except RuntimeError:  # something of the size of the vocabulary is added to them
+            return False
+    expected = logits[..., tokens_C]
+    return confined.shape == expected.shape and torch.allclose(confined, expected, rtol=1e-3, atol=1e-4)
+
+
+def _logits(model: nn.Module, inputs: Mapping[str, Any]) -> Tensor:
+    # A forward that accelerate has put into autocast must not run inside of itself: autocast would never be left.
+    with _replaced_forward(model, MethodType(type(model).forward, model)):
+        outputs = model(**{name: value for name, value in inputs.items() if name != "labels"})
+    return outputs["logits"] if isinstance(outputs, Mapping) else outputs[0]
+
+
+def _confined_to(head: nn.Linear, tokens_C: Tensor) -> AbstractContextManager[None]:
+    def forward(hidden: Tensor) -> Tensor:
+        return F.linear(hidden, head.weight[tokens_C], None if head.bias is None else head.bias[tokens_C])
+
+    return _replaced_forward(head, forward)
 
 
 def _stub(given: Tensor | None, form: int) -> Callable[..., Any]:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from hf_blocklocal.anatomy import RouterLoss, outputs_not_recorded
 from hf_blocklocal.blocks import Boundaries
-from hf_blocklocal.errors import NonFiniteLossError
+from hf_blocklocal.errors import InputsNeededError, NonFiniteLossError
 from hf_blocklocal.feedback import FeedbackHead
 from hf_blocklocal.overlap import Interlock
 from hf_blocklocal.shortcut import Shortcut
@@ -120,7 +120,7 @@ class LocalStep:
             if heads_only:
                 hidden, router_logits = hidden.detach(), tuple(logits.detach() for logits in router_logits)
             with outputs_not_recorded(), self._read_only(block), _recording(head if heads_only else None):
-                seen = self.seen_by_head(block, hidden, inputs)
+                seen = self.seen_by_head(block, hidden, inputs, targets)
                 if custom_loss is None:
                     loss = head(seen, targets).sum() * scale
                 else:
@@ -150,13 +150,24 @@ class LocalStep:
             yield report
             send_back(last)
 
-    def seen_by_head(self, block: int, hidden: Tensor, inputs: Mapping[str, Any] | None) -> Tensor:
-        """Return what a head is given: the block's output, or the logits that borrowed layers make of it."""
+    def seen_by_head(
+        self, block: int, hidden: Tensor, inputs: Mapping[str, Any] | None, targets: Targets | None
+    ) -> Tensor:
+        """Return what a head is given: the block's output, or the logits that borrowed layers make of it.
+
+        Raises:
+            InputsNeededError: If layers are borrowed and the inputs are missing.
+        """
         if self.shortcut is None:
             return hidden
-        assert inputs is not None, "heads that borrow layers need the inputs of the model"
+        if inputs is None:
+            raise InputsNeededError(
+                "The heads borrow layers of the model (head_layers), which need the inputs of the forward pass. Call "
+                "teach(..., inputs=batch), or use heads of their own: BlockLocalConfig(head_layers=0)."
+            )
+        candidates = None if targets is None else targets.candidates
         with self.boundaries.suspended():
-            return self.shortcut.logits(block, hidden, inputs)
+            return self.shortcut.logits(block, hidden, inputs, None if candidates is None else candidates.ids_C)
 
     def _read_only(self, block: int) -> AbstractContextManager[None]:
         return nullcontext() if self.shortcut is None else self.shortcut.read_only(block)

@@ -53,11 +53,13 @@ class Candidates:
         log_weights_C: Logarithm of how many tokens each candidate stands for: 0 for the targets of the batch,
             `log((V - |T|) / M)` for the M negatives drawn among the other `V - |T|` tokens.
         vocabulary: Tokens in all, V.
+        ids_C: The token of each candidate; None where they are the whole vocabulary in its order.
     """
 
     embeddings_CE: Tensor
     log_weights_C: Tensor
     vocabulary: int
+    ids_C: Tensor | None = None
 
 
 @dataclass(frozen=True)

@@ -305,7 +305,7 @@ class BlockLocalTrainer(Trainer):
         super()._save(output_dir, state_dict)
         if self.args.should_save:
             folder = output_dir if output_dir is not None else self.args.output_dir
-            self.block_local.save_pretrained(folder)
+            (self.block_local if self._assembly is None else self._assembly.config).save_pretrained(folder)
             if self._assembly is not None:
                 save_heads(folder, heads=self._assembly.heads, cut=self._assembly.cut)
 

@@ -55,7 +55,7 @@ def build_head(
         TargetError: If the chosen feedback or family cannot carry targets of this task, or gives no probability or no
             similarity where `satisfied_at` or `sim` asks for one.
     """
-    borrows = config.head_layers > 0
+    borrows = bool(config.head_layers)
     feedback_name = config.feedback
     if feedback_name == "auto":
         feedback_name = "direct" if DirectFeedback.fits(task) and not borrows else "label"
@@ -90,7 +90,9 @@ def build_head(
             f"{task.size} are not. Leave it out, or use the preset 'pred'."
         )
     feedback = network(task, latent_dim=config.latent_dim, embedding_width=embedding_width, hidden_width=hidden_width)
-    loss = LOSSES[feedback.loss](get_family(family), label_smoothing=label_smoothing)
+    # A borrowed language-model head is asked for the candidates alone.
+    loss_name = "contrast" if borrows and task.target == "vocabulary" else feedback.loss
+    loss = LOSSES[loss_name](get_family(family), label_smoothing=label_smoothing)
     readout = nn.Identity() if borrows else READOUTS[config.readout](hidden_width, feedback.units)
     return FeedbackHead(
         readout,

@@ -19,8 +19,12 @@ class Contrast(LocalLoss):
     citation = "Kappel et al. (2023), Block-local learning with probabilistic latent representations, arXiv 2305.14974"
 
     def logits(self, messages: Messages) -> Tensor:
-        """Return the log overlap with every candidate's message, (N, C), up to a term per row."""
-        assert messages.backward_CZ is not None, "contrast needs a message for every candidate"
+        """Return the log overlap with every candidate's message, (N, C), up to a term per row.
+
+        A head that borrows the model's own language-model head has them already: its rows are the messages.
+        """
+        if messages.backward_CZ is None:
+            return messages.forward_NZ.float()
         return self.family.overlap(messages.forward_NZ, messages.backward_CZ).float()
 
     def of_logits(self, logits_NC: Tensor, targets: Targets) -> Tensor:
