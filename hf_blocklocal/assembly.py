@@ -23,6 +23,7 @@ from hf_blocklocal.blocks import Boundaries, Cut
 from hf_blocklocal.config import BlockLocalConfig
 from hf_blocklocal.errors import UnsupportedSettingError
 from hf_blocklocal.feedback import FeedbackHead, build_head
+from hf_blocklocal.groups import factors_by_block, rates_of_feedback, scale_learning_rates_
 from hf_blocklocal.partition import Span
 from hf_blocklocal.sampling import with_candidates
 from hf_blocklocal.shortcut import Shortcut, borrowed_layers
@@ -120,6 +121,26 @@ class Assembly:
                 "parameter, so the model's own loss teaches nothing, and it cannot reach the layers below. "
                 "Unfreeze the task head or a layer there, or use num_blocks=1."
             )
+
+    def set_learning_rates_(self, optimizer: torch.optim.Optimizer, *, has_schedule: bool = False) -> None:
+        """Give the groups of an optimizer of all parameters the learning rates that the config asks for.
+
+        Args:
+            optimizer: The optimizer, changed in place, before a schedule is made for it.
+            has_schedule: Whether it has one already, which is an error if a rate is to be changed.
+
+        Raises:
+            UnsupportedSettingError: If the optimizer cannot have different rates.
+        """
+        decay, feedback_rate = self.config.block_lr_decay, self.config.feedback_learning_rate
+        asked = {"block_lr_decay": decay != 1, "feedback_learning_rate": feedback_rate is not None}
+        scale_learning_rates_(
+            optimizer,
+            factors_by_block(self.parameters, decay),
+            rates=rates_of_feedback(self.heads, feedback_rate),
+            option=" with ".join(name for name, is_asked in asked.items() if is_asked),
+            has_schedule=has_schedule,
+        )
 
     def describe(self) -> str:
         """Return the cut as a table: block, layers, parameters of block and head, what teaches it."""

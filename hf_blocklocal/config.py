@@ -105,6 +105,11 @@ class BlockLocalConfig:
     block_lr_decay: float = _help(
         1.0, "Factor of the learning rate from a block, its head included, to the one below. The last has the run's."
     )
+    feedback_learning_rate: float | None = _help(
+        None,
+        "Learning rate of the feedback networks, in place of the run's and of block_lr_decay, scheduled as the run's. "
+        "Default: they learn as their block.",
+    )
     satisfied_at: float | None = _help(
         None, "Probability under a block's head from which on a target no longer teaches the block. Default: never."
     )
@@ -185,6 +190,11 @@ class BlockLocalConfig:
             if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
                 raise ConfigError(f"{name} must be a share between 0 and 1, got {value!r}.")
             object.__setattr__(self, name, float(value))
+        rate = self.feedback_learning_rate
+        if rate is not None:
+            if isinstance(rate, bool) or not isinstance(rate, int | float) or not 0 < rate < math.inf:
+                raise ConfigError(f"feedback_learning_rate must be a number above 0, or left out; got {rate!r}.")
+            object.__setattr__(self, "feedback_learning_rate", float(rate))
         margin = self.satisfied_at
         is_number = isinstance(margin, int | float) and not isinstance(margin, bool)
         if margin is not None and not (is_number and 0 < margin < 1):

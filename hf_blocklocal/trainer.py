@@ -22,7 +22,6 @@ from hf_blocklocal.compilation import layers_compiled
 from hf_blocklocal.config import BlockLocalConfig
 from hf_blocklocal.data_parallel import broadcast_from_first
 from hf_blocklocal.evaluation import BlockScores
-from hf_blocklocal.groups import factors_by_block, scale_learning_rates_
 from hf_blocklocal.meters import BlockLossMeter
 from hf_blocklocal.optim import add_heads_, check_steps_by_block
 from hf_blocklocal.polish import is_global
@@ -139,8 +138,7 @@ class BlockLocalTrainer(Trainer):
         optimizer = super().create_optimizer(self.assembly.module)
         if given is not None:
             add_heads_(given, list(self.assembly.heads.parameters()), has_schedule=has_schedule)
-        factors = factors_by_block(self.assembly.parameters, self.block_local.block_lr_decay)
-        scale_learning_rates_(self._inner_optimizer, factors, option="block_lr_decay", has_schedule=has_schedule)
+        self.assembly.set_learning_rates_(self._inner_optimizer, has_schedule=has_schedule)
         if self.block_local.step_per_block and self.assembly.last > 0:
             check_steps_by_block(self._inner_optimizer)
         return optimizer

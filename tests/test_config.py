@@ -28,6 +28,7 @@ CONFIGS = {
         negatives=None,
         step_per_block=True,
         block_lr_decay=0.5,
+        feedback_learning_rate=0.01,
         overlap=1,
         global_every=10,
         polish=0.1,
@@ -212,6 +213,10 @@ REFUSALS = {
     "learning rates that grow downwards": (
         {"block_lr_decay": 1.5},
         "block_lr_decay must be a number above 0 and at most 1, got 1.5.",
+    ),
+    "feedback networks that stand still": (
+        {"feedback_learning_rate": 0},
+        "feedback_learning_rate must be a number above 0, or left out; got 0.",
     ),
     "two numbers of blocks": (
         {"num_blocks": 2, "boundaries": (1, 2)},

@@ -52,8 +52,8 @@ def build_head(
         label_smoothing: As in `TrainingArguments.label_smoothing_factor`.
 
     Raises:
-        TargetError: If the chosen feedback or family cannot carry targets of this task, or gives no probability or no
-            similarity where `satisfied_at` or `sim` asks for one.
+        TargetError: If the chosen feedback or family cannot carry targets of this task, or gives no probability, no
+            similarity or nothing to learn where `satisfied_at`, `sim` or `feedback_learning_rate` asks for it.
     """
     borrows = config.head_layers > 0
     feedback_name = config.feedback
@@ -90,6 +90,12 @@ def build_head(
             f"{task.size} are not. Leave it out, or use the preset 'pred'."
         )
     feedback = network(task, latent_dim=config.latent_dim, embedding_width=embedding_width, hidden_width=hidden_width)
+    if config.feedback_learning_rate is not None and not list(feedback.parameters()):
+        raise TargetError(
+            f"feedback_learning_rate={config.feedback_learning_rate} is for feedback networks that learn, and "
+            f"{network.__name__} (feedback={config.feedback!r}, {task.target!r} targets) has no parameters. Leave it "
+            "out, or use a feedback network that has some."
+        )
     loss = LOSSES[feedback.loss](get_family(family), label_smoothing=label_smoothing)
     readout = nn.Identity() if borrows else READOUTS[config.readout](hidden_width, feedback.units)
     return FeedbackHead(
