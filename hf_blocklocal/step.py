@@ -18,6 +18,7 @@ from hf_blocklocal.anatomy import RouterLoss, outputs_not_recorded
 from hf_blocklocal.blocks import Boundaries
 from hf_blocklocal.errors import NonFiniteLossError
 from hf_blocklocal.feedback import FeedbackHead
+from hf_blocklocal.losses import Messages
 from hf_blocklocal.overlap import Interlock
 from hf_blocklocal.shortcut import Shortcut
 from hf_blocklocal.targets import Targets
@@ -30,10 +31,21 @@ class StepReport:
     Attributes:
         losses: Loss of each block that has learned so far, detached, scaled as it was sent back.
         first: The block that the first of them is of: in a global step only the last block has one.
+        halves: For each block with a learned backward message, the two halves of its bound, summed over targets.
+        targets: How many targets those sums are over.
     """
 
     losses: list[Tensor] = field(default_factory=list)
     first: int = 0
+    halves: list[Tensor] = field(default_factory=list)
+    targets: int = 0
+
+    def add(self, loss: Tensor, halves: Tensor | None, targets: int) -> None:
+        """Note what one more block has said of its targets."""
+        self.losses.append(loss.detach())
+        if halves is not None:
+            self.halves.append(halves)
+            self.targets = targets
 
     def check_finite(self, step: int) -> None:
         """Stop before a loss that is not a number reaches a weight.
@@ -121,12 +133,13 @@ class LocalStep:
                 hidden, router_logits = hidden.detach(), tuple(logits.detach() for logits in router_logits)
             with outputs_not_recorded(), self._read_only(block), _recording(head if heads_only else None):
                 seen = self.seen_by_head(block, hidden, inputs)
+                heard: list[Messages] = []
                 if custom_loss is None:
-                    loss = head(seen, targets).sum() * scale
+                    loss = head(seen, targets, heard.append).sum() * scale
                 else:
-                    loss = custom_loss(head.logits(seen, targets))
+                    loss = custom_loss(head.logits(seen, targets, heard.append))
                 loss = loss + self._router_loss(block, router_logits, targets) if router_logits else loss
-                report.losses.append(loss.detach())
+                report.add(loss, head.loss.halves(heard[0]), len(targets))
                 if loss.requires_grad:
                     with torch.autocast(hidden.device.type, enabled=False):
                         backward(loss, **({"retain_graph": True} if interlock.overlap > 0 else {}))

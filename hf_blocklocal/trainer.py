@@ -48,8 +48,9 @@ class BlockLocalTrainer(Trainer):
 
     - `max_grad_norm` clips the gradient of each block by itself, because a norm over all blocks would couple them: a
       block could not be stepped before the last one has its gradient, or on another device.
-    - `loss` in the logs is the last block's, comparable with `Trainer`; `block_k/loss` is that of block k. Evaluation
-      adds what each block's head would have predicted, `eval_block_k_accuracy` and `eval_block_k_loss`.
+    - `loss` in the logs is the last block's, comparable with `Trainer`; `block_k/loss` is that of block k. Where the
+      message from the target is learned, `block_k/kl` and `block_k/nll` are the halves of the bound. Evaluation adds
+      what each block's head would have predicted, `eval_block_k_accuracy` and `eval_block_k_loss`.
     - Where the model's own loss ignores `num_items_in_batch`, it is divided by the accumulation steps.
     - A micro-batch in which every label is -100 is skipped and counted as `skipped_batches` in the logs.
     - A loss or gradient that is not finite stops the run before it touches a weight; gradients in fp16 are left to the
@@ -206,7 +207,9 @@ class BlockLocalTrainer(Trainer):
         report.losses.append(loss)
         report.check_finite(self.state.global_step + 1)
         self._finish_block(assembly.last, report)
-        self._meter.add(report.losses, completes_step=self.accelerator.sync_gradients)
+        self._meter.add(
+            report.losses, halves=report.halves, targets=report.targets, completes_step=self.accelerator.sync_gradients
+        )
         return loss
 
     def _global_step(self, inputs: dict[str, Any], num_items_in_batch: Any) -> Tensor:
