@@ -208,7 +208,7 @@ def assemble(
     device = inputs["labels"].device
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
-        heads = [_head(model, config, trace, cut, block, label_smoothing) for block in range(cut.num_blocks - 1)]
+        heads = _heads(model, config, trace, cut, label_smoothing)
     module = TaughtModel(model, heads)
     module.heads.to(device)
     router_loss = find_router_loss(model)
@@ -253,20 +253,27 @@ def _uncut(model: nn.Module, config: BlockLocalConfig) -> Assembly:
     )
 
 
-def _head(
-    model: nn.Module, config: BlockLocalConfig, trace: Trace, cut: Cut, block: int, label_smoothing: float
-) -> FeedbackHead:
-    layer = cut.spans[block].last
-    shape = trace.shapes[layer]
-    alignment = choose_alignment(trace.task, shape, trace.labels_shape, final_stack=trace.ends_in_final_stack(layer))
-    return build_head(
-        config,
-        trace.task,
-        hidden_width=shape[1] if len(shape) == 4 else shape[-1],
-        alignment=alignment,
-        embedding_width=target_embedding(model).shape[1] if trace.task.target == "vocabulary" else None,
-        label_smoothing=label_smoothing,
-    )
+def _heads(
+    model: nn.Module, config: BlockLocalConfig, trace: Trace, cut: Cut, label_smoothing: float
+) -> list[FeedbackHead]:
+    """Return the head of every block but the last, in forward order."""
+    blocks = range(cut.num_blocks - 1)
+    heads: dict[int, FeedbackHead] = {}
+    # A chain is made from above, where each network finds the one that it listens to.
+    for block in reversed(blocks) if config.feedback == "chained" else blocks:
+        layer = cut.spans[block].last
+        shape = trace.shapes[layer]
+        final_stack = trace.ends_in_final_stack(layer)
+        heads[block] = build_head(
+            config,
+            trace.task,
+            hidden_width=shape[1] if len(shape) == 4 else shape[-1],
+            alignment=choose_alignment(trace.task, shape, trace.labels_shape, final_stack=final_stack),
+            embedding_width=target_embedding(model).shape[1] if trace.task.target == "vocabulary" else None,
+            label_smoothing=label_smoothing,
+            above=heads[block + 1].feedback if block + 1 in heads else None,
+        )
+    return [heads[block] for block in blocks]
 
 
 def _by_block(module: TaughtModel, owners: Mapping[str, int], num_blocks: int) -> tuple[tuple[nn.Parameter, ...], ...]:

@@ -63,9 +63,10 @@ class BlockLocalConfig:
     layers: tuple[str, ...] | None = _help(
         None, "Dotted names of the lists of layers to cut, for models whose structure does not show them."
     )
-    feedback: Literal["auto", "direct", "label", "prototype"] = _help(
+    feedback: Literal["auto", "direct", "chained", "label", "prototype"] = _help(
         "auto",
-        "Network that carries the target to a block: learned and linear, the target itself, or class prototypes.",
+        "Network that carries the target to a block: learned and linear, the same but from the message of the block "
+        "above, the target itself, or class prototypes.",
     )
     loss: Literal["auto", "contrast", "agreement", "kappel2023"] = _help(
         "auto", "Loss where a block's message and the target's message meet. Each feedback network has its own."
@@ -201,7 +202,7 @@ class BlockLocalConfig:
             raise ConfigError(f"satisfied_at must be a probability between 0 and 1, or left out; got {margin!r}.")
 
     def _check_head(self) -> None:
-        if self.head_layers > 0 and self.feedback in ("direct", "prototype"):
+        if self.head_layers > 0 and self.feedback in ("direct", "chained", "prototype"):
             raise ConfigError(
                 f"head_layers={self.head_layers} and feedback={self.feedback!r} exclude each other: a head that "
                 "borrows layers predicts with the model's own task head. Use feedback='auto'."
@@ -211,6 +212,11 @@ class BlockLocalConfig:
             raise ConfigError(
                 f"head_layers={self.head_layers} and sim={self.sim} exclude each other: similarity matching compares "
                 "a block's own output. Leave one of the two out."
+            )
+        if self.feedback == "chained" and self.latent_dim < 2:
+            raise ConfigError(
+                f"latent_dim={self.latent_dim} and feedback='chained' exclude each other: a message of one unit is "
+                "nothing but its scale, and that is lost on the way down. Use a latent_dim of at least 2."
             )
         if self.satisfied_at is not None and self.feedback == "prototype":
             raise ConfigError(

@@ -110,8 +110,8 @@ REFUSALS = {
         "balance='memory' is not known. Choose one of ['layers', 'cost'].",
     ),
     "unknown feedback": (
-        {"feedback": "chained"},
-        "feedback='chained' is not known. Choose one of ['auto', 'direct', 'label', 'prototype'].",
+        {"feedback": "hyperspherical"},
+        "feedback='hyperspherical' is not known. Choose one of ['auto', 'direct', 'chained', 'label', 'prototype'].",
     ),
     "unknown loss": (
         {"loss": "mse"},
@@ -191,6 +191,16 @@ REFUSALS = {
         {"feedback": "prototype", "head_layers": 1},
         "head_layers=1 and feedback='prototype' exclude each other: a head that borrows layers predicts with the "
         "model's own task head. Use feedback='auto'.",
+    ),
+    "a chain where layers are borrowed": (
+        {"feedback": "chained", "head_layers": 1},
+        "head_layers=1 and feedback='chained' exclude each other: a head that borrows layers predicts with the "
+        "model's own task head. Use feedback='auto'.",
+    ),
+    "a chain without room for a message": (
+        {"feedback": "chained", "latent_dim": 1},
+        "latent_dim=1 and feedback='chained' exclude each other: a message of one unit is nothing but its scale, and "
+        "that is lost on the way down. Use a latent_dim of at least 2.",
     ),
     "prototypes of targets that are masked": (
         {"feedback": "prototype", "satisfied_at": 0.9},

@@ -8,6 +8,7 @@ from hf_blocklocal.config import BlockLocalConfig
 from hf_blocklocal.errors import TargetError
 from hf_blocklocal.families import get_family
 from hf_blocklocal.feedback.base import FeedbackNetwork
+from hf_blocklocal.feedback.chained import ChainedFeedback
 from hf_blocklocal.feedback.direct import DirectFeedback
 from hf_blocklocal.feedback.head import FeedbackHead
 from hf_blocklocal.feedback.label import LabelFeedback
@@ -18,6 +19,7 @@ from hf_blocklocal.targets import Alignment, Task
 
 
 FEEDBACK: dict[str, type[FeedbackNetwork]] = {
+    "chained": ChainedFeedback,
     "direct": DirectFeedback,
     "label": LabelFeedback,
     "prototype": PrototypeFeedback,
@@ -39,6 +41,7 @@ def build_head(
     alignment: Alignment,
     embedding_width: int | None = None,
     label_smoothing: float = 0.0,
+    above: FeedbackNetwork | None = None,
 ) -> FeedbackHead:
     """Build the head of one block.
 
@@ -50,6 +53,7 @@ def build_head(
         alignment: What the readout looks at.
         embedding_width: Width of the model's target embedding, for a vocabulary.
         label_smoothing: As in `TrainingArguments.label_smoothing_factor`.
+        above: The feedback network of the next block that has one, which a chained network listens to.
 
     Raises:
         TargetError: If the chosen feedback or family cannot carry targets of this task, or gives no probability, no
@@ -89,7 +93,13 @@ def build_head(
             f"sim={config.sim} compares one-hot targets with each other, which {task.target!r} targets of size "
             f"{task.size} are not. Leave it out, or use the preset 'pred'."
         )
-    feedback = network(task, latent_dim=config.latent_dim, embedding_width=embedding_width, hidden_width=hidden_width)
+    if network is ChainedFeedback and above is not None:
+        feedback: FeedbackNetwork = ChainedFeedback(task, latent_dim=config.latent_dim, above=above)
+    else:
+        network = DirectFeedback if network is ChainedFeedback else network  # a chain starts at the target itself
+        feedback = network(
+            task, latent_dim=config.latent_dim, embedding_width=embedding_width, hidden_width=hidden_width
+        )
     if config.feedback_learning_rate is not None and not list(feedback.parameters()):
         raise TargetError(
             f"feedback_learning_rate={config.feedback_learning_rate} is for feedback networks that learn, and "
@@ -114,6 +124,7 @@ def build_head(
 __all__ = [
     "FEEDBACK",
     "READOUTS",
+    "ChainedFeedback",
     "DirectFeedback",
     "FeedbackHead",
     "FeedbackNetwork",
