@@ -125,6 +125,12 @@ class BlockLocalConfig:
         "takes the memory of ordinary training. Default: none is.",
     )
     polish: float = _help(0.0, "Share of the run's optimizer steps, at its end, that are global.")
+    bootstrap: float = _help(
+        0.0,
+        "Weight, 0 to 1, of the target's message in what a block hands on at the first step, as a posterior. It falls "
+        "to 0 during the run, and evaluation never has any. Needs learned feedback and a linear readout.",
+    )
+    bootstrap_until: float = _help(0.5, "Share of the run's optimizer steps at which bootstrap has fallen to 0.")
     head_warmup_steps: int = _help(
         0, "Optimizer steps at the start in which only the heads learn, and the last block, as it always does."
     )
@@ -145,6 +151,7 @@ class BlockLocalConfig:
         self._check_numbers()
         self._check_shares()
         self._check_head()
+        self._check_bootstrap()
         self._check_cut()
 
     def _check_choices(self) -> None:
@@ -186,7 +193,7 @@ class BlockLocalConfig:
         ):
             raise ConfigError(f"anchor must be a number of at least 0, got {self.anchor!r}.")
         object.__setattr__(self, "anchor", float(self.anchor))
-        for name in ("polish", "sim"):
+        for name in ("polish", "sim", "bootstrap"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
                 raise ConfigError(f"{name} must be a share between 0 and 1, got {value!r}.")
@@ -233,6 +240,24 @@ class BlockLocalConfig:
                 f"head_layers={self.head_layers} and readout={self.readout!r} exclude each other: a head that borrows "
                 "layers has no readout. Leave one of the two out."
             )
+
+    def _check_bootstrap(self) -> None:
+        until = self.bootstrap_until
+        if isinstance(until, bool) or not isinstance(until, int | float) or not 0 < until < 1:
+            raise ConfigError(
+                f"bootstrap_until must be a share above 0 and below 1, so that it ends before the run; got {until!r}."
+            )
+        if self.bootstrap == 0:
+            return
+        needs = {"feedback": ("auto", "chained", "direct"), "readout": ("linear",), "head_layers": (0,)}
+        for name, possible in {**needs, "overlap": (0,)}.items():
+            value = getattr(self, name)
+            if value not in possible:
+                raise ConfigError(
+                    f"bootstrap={self.bootstrap} and {name}={value!r} exclude each other: the message of a learned "
+                    "feedback network is carried into what a block hands on through its linear readout, without "
+                    f"gradient. Use {name}={possible[-1]!r}, or leave bootstrap out."
+                )
 
     def _check_cut(self) -> None:
         if self.boundaries is None:

@@ -105,6 +105,7 @@ class LocalStep:
         inputs: Mapping[str, Any] | None = None,
         custom_loss: Callable[[Tensor], Tensor] | None = None,
         heads_only: bool = False,
+        bootstrap: float = 0.0,
     ) -> Iterator[StepReport]:
         """Let each block learn at its end, in the forward pass that runs inside the `with`.
 
@@ -118,6 +119,7 @@ class LocalStep:
             inputs: The model's inputs, for heads that borrow layers.
             custom_loss: Maps the logits (B, C) that a head predicts to a loss, in place of the head's own.
             heads_only: Whether only the heads learn, and the last block; the losses are reported all the same.
+            bootstrap: Weight of the target's message in what blocks hand on; needs learned feedback.
 
         Yields:
             The report, filled as the forward pass comes by the ends of the blocks.
@@ -127,7 +129,7 @@ class LocalStep:
         last = self.boundaries.cut.num_blocks - 1
         interlock = Interlock(0 if heads_only else self.overlap, last)
 
-        def learn(block: int, hidden: Tensor, router_logits: tuple[Tensor, ...]) -> None:
+        def learn(block: int, hidden: Tensor, router_logits: tuple[Tensor, ...]) -> Messages:
             head = self.heads[block]
             if heads_only:
                 hidden, router_logits = hidden.detach(), tuple(logits.detach() for logits in router_logits)
@@ -146,6 +148,7 @@ class LocalStep:
             if torch.is_autocast_enabled(hidden.device.type):
                 # The copies of this block's weights in low precision would live until the whole forward ends.
                 torch.clear_autocast_cache()
+            return heard[0]
 
         def send_back(block: int) -> None:
             with outputs_not_recorded():
@@ -154,8 +157,11 @@ class LocalStep:
                 learned(lower, report)
 
         def leave(block: int, hidden: Tensor, router_logits: tuple[Tensor, ...]) -> Tensor | None:
-            learn(block, hidden, router_logits)
-            handed_on = interlock.hand_on(block, hidden)
+            messages = learn(block, hidden, router_logits)
+            if bootstrap > 0:  # before the head is stepped
+                handed_on = self.heads[block].bootstrapped(hidden.detach(), messages, bootstrap)
+            else:
+                handed_on = interlock.hand_on(block, hidden)
             send_back(block)
             return handed_on
 

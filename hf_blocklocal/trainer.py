@@ -17,6 +17,7 @@ from transformers import Trainer
 
 from hf_blocklocal.anchor import Anchor
 from hf_blocklocal.assembly import Assembly, assemble, check_structure
+from hf_blocklocal.bootstrap import bootstrap_weight
 from hf_blocklocal.checkpoint import FILES, load_heads_, save_heads
 from hf_blocklocal.compilation import layers_compiled
 from hf_blocklocal.config import BlockLocalConfig
@@ -201,6 +202,7 @@ class BlockLocalTrainer(Trainer):
                 self.compute_loss_func, inputs["labels"], targets, num_items_in_batch, processes=processes
             ),
             heads_only=self.state.global_step < self.block_local.head_warmup_steps,
+            bootstrap=bootstrap_weight(self.state.global_step, self.state.max_steps, self.block_local),
         )
         with lesson as report:
             loss = super().training_step(self._forward, inputs, self._items_for_model(num_items_in_batch))

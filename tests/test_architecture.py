@@ -27,7 +27,7 @@ FLOORS = [
         "partition",
         "targets",
     ],
-    ["families", "polish", "sampling", "scaling", "updates"],
+    ["bootstrap", "families", "polish", "sampling", "scaling", "updates"],
     ["losses"],
     ["feedback"],
     ["blocks", "meters", "plots", "probe", "settings"],

@@ -34,6 +34,7 @@ CONFIGS = {
         polish=0.1,
         anchor=0.1,
         satisfied_at=0.9,
+        bootstrap_until=0.25,
         head_warmup_steps=3,
         evaluate_blocks=False,
     ),
@@ -227,6 +228,38 @@ REFUSALS = {
     "feedback networks that stand still": (
         {"feedback_learning_rate": 0},
         "feedback_learning_rate must be a number above 0, or left out; got 0.",
+    ),
+    "posteriors of a target that is observed": (
+        {"bootstrap": 0.5, "feedback": "label"},
+        "bootstrap=0.5 and feedback='label' exclude each other: the message of a learned feedback network is carried "
+        "into what a block hands on through its linear readout, without gradient. Use feedback='direct', or leave "
+        "bootstrap out.",
+    ),
+    "posteriors through a hidden layer": (
+        {"bootstrap": 0.5, "readout": "mlp"},
+        "bootstrap=0.5 and readout='mlp' exclude each other: the message of a learned feedback network is carried "
+        "into what a block hands on through its linear readout, without gradient. Use readout='linear', or leave "
+        "bootstrap out.",
+    ),
+    "posteriors where layers are borrowed": (
+        {"bootstrap": 0.5, "head_layers": 1},
+        "bootstrap=0.5 and head_layers=1 exclude each other: the message of a learned feedback network is carried "
+        "into what a block hands on through its linear readout, without gradient. Use head_layers=0, or leave "
+        "bootstrap out.",
+    ),
+    "posteriors that carry gradient": (
+        {"bootstrap": 0.5, "overlap": 1},
+        "bootstrap=0.5 and overlap=1 exclude each other: the message of a learned feedback network is carried "
+        "into what a block hands on through its linear readout, without gradient. Use overlap=0, or leave "
+        "bootstrap out.",
+    ),
+    "more target than there is message": (
+        {"bootstrap": 1.5},
+        "bootstrap must be a share between 0 and 1, got 1.5.",
+    ),
+    "a leak that never ends": (
+        {"bootstrap_until": 1.0},
+        "bootstrap_until must be a share above 0 and below 1, so that it ends before the run; got 1.0.",
     ),
     "two numbers of blocks": (
         {"num_blocks": 2, "boundaries": (1, 2)},

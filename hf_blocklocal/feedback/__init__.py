@@ -57,7 +57,8 @@ def build_head(
 
     Raises:
         TargetError: If the chosen feedback or family cannot carry targets of this task, or gives no probability, no
-            similarity or nothing to learn where `satisfied_at`, `sim` or `feedback_learning_rate` asks for it.
+            similarity or nothing to learn where `satisfied_at`, `sim`, `bootstrap` or `feedback_learning_rate` asks
+            for it.
     """
     borrows = config.head_layers > 0
     feedback_name = config.feedback
@@ -83,16 +84,6 @@ def build_head(
             f"family={family!r} does not describe {task.target!r} targets, and with feedback={feedback_name!r} the "
             f"latent is the target. Use family='auto' or {natural!r}."
         )
-    if config.satisfied_at is not None and task.target == "regression":
-        raise TargetError(
-            f"satisfied_at={config.satisfied_at} is a probability, and the heads of regression targets give none. "
-            "Leave it out."
-        )
-    if config.sim > 0 and (task.target == "regression" or task.size == 1):
-        raise TargetError(
-            f"sim={config.sim} compares one-hot targets with each other, which {task.target!r} targets of size "
-            f"{task.size} are not. Leave it out, or use the preset 'pred'."
-        )
     if network is ChainedFeedback and above is not None:
         feedback: FeedbackNetwork = ChainedFeedback(task, latent_dim=config.latent_dim, above=above)
     else:
@@ -100,12 +91,7 @@ def build_head(
         feedback = network(
             task, latent_dim=config.latent_dim, embedding_width=embedding_width, hidden_width=hidden_width
         )
-    if config.feedback_learning_rate is not None and not list(feedback.parameters()):
-        raise TargetError(
-            f"feedback_learning_rate={config.feedback_learning_rate} is for feedback networks that learn, and "
-            f"{network.__name__} (feedback={config.feedback!r}, {task.target!r} targets) has no parameters. Leave it "
-            "out, or use a feedback network that has some."
-        )
+    _check_options(config, task, feedback)
     loss = LOSSES[feedback.loss](get_family(family), label_smoothing=label_smoothing)
     readout = nn.Identity() if borrows else READOUTS[config.readout](hidden_width, feedback.units)
     return FeedbackHead(
@@ -119,6 +105,31 @@ def build_head(
         similarity=SimilarityMatching(hidden_width) if config.sim > 0 else None,
         sim=config.sim,
     )
+
+
+def _check_options(config: BlockLocalConfig, task: Task, feedback: FeedbackNetwork) -> None:
+    """Refuse options of a head that its targets, or the network that carries them, have nothing to give for."""
+    if config.satisfied_at is not None and task.target == "regression":
+        raise TargetError(
+            f"satisfied_at={config.satisfied_at} is a probability, and the heads of regression targets give none. "
+            "Leave it out."
+        )
+    if config.sim > 0 and (task.target == "regression" or task.size == 1):
+        raise TargetError(
+            f"sim={config.sim} compares one-hot targets with each other, which {task.target!r} targets of size "
+            f"{task.size} are not. Leave it out, or use the preset 'pred'."
+        )
+    if config.bootstrap > 0 and feedback.observed:
+        raise TargetError(
+            f"bootstrap={config.bootstrap} mixes in what a learned feedback network says, and {task.target!r} targets "
+            f"are given as they are ({type(feedback).__name__}). Leave it out."
+        )
+    if config.feedback_learning_rate is not None and not list(feedback.parameters()):
+        raise TargetError(
+            f"feedback_learning_rate={config.feedback_learning_rate} is for feedback networks that learn, and "
+            f"{type(feedback).__name__} (feedback={config.feedback!r}, {task.target!r} targets) has no parameters. "
+            "Leave it out, or use a feedback network that has some."
+        )
 
 
 __all__ = [

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
 from torch import Tensor, nn
 
 from hf_blocklocal.feedback.base import FeedbackNetwork
@@ -100,6 +101,28 @@ class FeedbackHead(nn.Module):
         return self.loss.of_logits(logits_NC, targets).masked_fill(
             satisfied(logits_NC, targets, self.satisfied_at), 0.0
         )
+
+    @torch.no_grad()
+    def bootstrapped(self, hidden: Tensor, messages: Messages, weight: float) -> Tensor:
+        """Move a hidden state to where the readout says the posterior in place of the forward message.
+
+        That is `alpha beta^weight`, beta being the message of the target. The head needs a learned feedback network
+        and a linear readout.
+
+        Args:
+            hidden: Output of the block, (B, S, D).
+            messages: What the head has made of it.
+            weight: Weight of the backward message, lambda.
+
+        Returns:
+            What is handed on in place of the hidden state, without gradient.
+        """
+        targets = messages.targets
+        rows_RD, index_N = targets.rows(hidden, self.alignment, self.pooling)
+        a_NZ, b_NZ = messages.forward_NZ, messages.backward_CZ[targets.values]
+        change_NZ = self.loss.family.posterior(a_NZ, b_NZ, weight) - a_NZ
+        change_ND = self.readout.carry_back(rows_RD if index_N is None else rows_RD[index_N], change_NZ)
+        return targets.moved(hidden, change_ND, self.alignment)
 
     def logits(self, hidden: Tensor, targets: Targets, heard: Callable[[Messages], None] | None = None) -> Tensor:
         """Return what the block would predict for each target, (N, C); `heard` as in `forward`."""
