@@ -317,7 +317,7 @@ def test_one_block_is_the_plain_trainer_to_the_bit(tmp_path):
     assert equal(*states)
 
 
-@pytest.mark.parametrize("setting", [{"bf16": True}, {"activation_checkpointing": True}])
+@pytest.mark.parametrize("setting", [{"bf16": True}, {"gradient_checkpointing": True}])
 @pytest.mark.parametrize("name", ["bert", "gpt2"])
 def test_it_goes_with_checkpointing_and_mixed_precision(moves, name, setting, tmp_path):
     trainer = make(name, tmp_path, config=BlockLocalConfig(num_blocks=4, bootstrap=1.0), max_steps=4, **setting)
