@@ -24,6 +24,7 @@ from hf_blocklocal.config import BlockLocalConfig
 from hf_blocklocal.defaults import settled
 from hf_blocklocal.errors import UnsupportedSettingError
 from hf_blocklocal.feedback import FeedbackHead, build_head
+from hf_blocklocal.groups import factors_by_block, rates_of_feedback, scale_learning_rates_
 from hf_blocklocal.losses import Contrast
 from hf_blocklocal.partition import Span
 from hf_blocklocal.sampling import with_candidates
@@ -125,6 +126,26 @@ class Assembly:
                 "Unfreeze the task head or a layer there, or use num_blocks=1."
             )
 
+    def set_learning_rates_(self, optimizer: torch.optim.Optimizer, *, has_schedule: bool = False) -> None:
+        """Give the groups of an optimizer of all parameters the learning rates that the config asks for.
+
+        Args:
+            optimizer: The optimizer, changed in place, before a schedule is made for it.
+            has_schedule: Whether it has one already, which is an error if a rate is to be changed.
+
+        Raises:
+            UnsupportedSettingError: If the optimizer cannot have different rates.
+        """
+        decay, feedback_rate = self.config.block_lr_decay, self.config.feedback_learning_rate
+        asked = {"block_lr_decay": decay != 1, "feedback_learning_rate": feedback_rate is not None}
+        scale_learning_rates_(
+            optimizer,
+            factors_by_block(self.parameters, decay),
+            rates=rates_of_feedback(self.heads, feedback_rate),
+            option=" with ".join(name for name, is_asked in asked.items() if is_asked),
+            has_schedule=has_schedule,
+        )
+
     def describe(self) -> str:
         """Return the cut as a table: block, layers, parameters of block and head, what teaches it."""
         rows = [("block", "layers", "parameters", "head", "taught by")]
@@ -192,7 +213,7 @@ def assemble(
     device = inputs["labels"].device
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
-        heads = [_head(model, config, trace, cut, block, label_smoothing) for block in range(cut.num_blocks - 1)]
+        heads = _heads(model, config, trace, cut, label_smoothing)
     module = TaughtModel(model, heads)
     module.heads.to(device)
     router_loss = find_router_loss(model)
@@ -239,20 +260,27 @@ def _uncut(model: nn.Module, config: BlockLocalConfig) -> Assembly:
     )
 
 
-def _head(
-    model: nn.Module, config: BlockLocalConfig, trace: Trace, cut: Cut, block: int, label_smoothing: float
-) -> FeedbackHead:
-    layer = cut.spans[block].last
-    shape = trace.shapes[layer]
-    alignment = choose_alignment(trace.task, shape, trace.labels_shape, final_stack=trace.ends_in_final_stack(layer))
-    return build_head(
-        config,
-        trace.task,
-        hidden_width=shape[1] if len(shape) == 4 else shape[-1],
-        alignment=alignment,
-        embedding_width=target_embedding(model).shape[1] if trace.task.target == "vocabulary" else None,
-        label_smoothing=label_smoothing,
-    )
+def _heads(
+    model: nn.Module, config: BlockLocalConfig, trace: Trace, cut: Cut, label_smoothing: float
+) -> list[FeedbackHead]:
+    """Return the head of every block but the last, in forward order."""
+    blocks = range(cut.num_blocks - 1)
+    heads: dict[int, FeedbackHead] = {}
+    # A chain is made from above, where each network finds the one that it listens to.
+    for block in reversed(blocks) if config.feedback == "chained" else blocks:
+        layer = cut.spans[block].last
+        shape = trace.shapes[layer]
+        final_stack = trace.ends_in_final_stack(layer)
+        heads[block] = build_head(
+            config,
+            trace.task,
+            hidden_width=shape[1] if len(shape) == 4 else shape[-1],
+            alignment=choose_alignment(trace.task, shape, trace.labels_shape, final_stack=final_stack),
+            embedding_width=target_embedding(model).shape[1] if trace.task.target == "vocabulary" else None,
+            label_smoothing=label_smoothing,
+            above=heads[block + 1].feedback if block + 1 in heads else None,
+        )
+    return [heads[block] for block in blocks]
 
 
 def _by_block(module: TaughtModel, owners: Mapping[str, int], num_blocks: int) -> tuple[tuple[nn.Parameter, ...], ...]:

@@ -63,9 +63,10 @@ class BlockLocalConfig:
     layers: tuple[str, ...] | None = _help(
         None, "Dotted names of the lists of layers to cut, for models whose structure does not show them."
     )
-    feedback: Literal["auto", "direct", "label", "prototype"] = _help(
+    feedback: Literal["auto", "direct", "chained", "label", "prototype"] = _help(
         "auto",
-        "Network that carries the target to a block: learned and linear, the target itself, or class prototypes.",
+        "Network that carries the target to a block: learned and linear, the same but from the message of the block "
+        "above, the target itself, or class prototypes.",
     )
     loss: Literal["auto", "contrast", "agreement", "kappel2023"] = _help(
         "auto", "Loss where a block's message and the target's message meet. Each feedback network has its own."
@@ -105,6 +106,11 @@ class BlockLocalConfig:
     block_lr_decay: float = _help(
         1.0, "Factor of the learning rate from a block, its head included, to the one below. The last has the run's."
     )
+    feedback_learning_rate: float | None = _help(
+        None,
+        "Learning rate of the feedback networks, in place of the run's and of block_lr_decay, scheduled as the run's. "
+        "Default: they learn as their block.",
+    )
     satisfied_at: float | None = _help(
         None, "Probability under a block's head from which on a target no longer teaches the block. Default: never."
     )
@@ -119,6 +125,12 @@ class BlockLocalConfig:
         "takes the memory of ordinary training. Default: none is.",
     )
     polish: float = _help(0.0, "Share of the run's optimizer steps, at its end, that are global.")
+    bootstrap: float = _help(
+        0.0,
+        "Weight, 0 to 1, of the target's message in what a block hands on at the first step, as a posterior. It falls "
+        "to 0 during the run, and evaluation never has any. Needs learned feedback and a linear readout.",
+    )
+    bootstrap_until: float = _help(0.5, "Share of the run's optimizer steps at which bootstrap has fallen to 0.")
     head_warmup_steps: int = _help(
         0, "Optimizer steps at the start in which only the heads learn, and the last block, as it always does."
     )
@@ -139,6 +151,7 @@ class BlockLocalConfig:
         self._check_numbers()
         self._check_shares()
         self._check_head()
+        self._check_bootstrap()
         self._check_cut()
 
     def _check_choices(self) -> None:
@@ -180,18 +193,23 @@ class BlockLocalConfig:
         ):
             raise ConfigError(f"anchor must be a number of at least 0, got {self.anchor!r}.")
         object.__setattr__(self, "anchor", float(self.anchor))
-        for name in ("polish", "sim"):
+        for name in ("polish", "sim", "bootstrap"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
                 raise ConfigError(f"{name} must be a share between 0 and 1, got {value!r}.")
             object.__setattr__(self, name, float(value))
+        rate = self.feedback_learning_rate
+        if rate is not None:
+            if isinstance(rate, bool) or not isinstance(rate, int | float) or not 0 < rate < math.inf:
+                raise ConfigError(f"feedback_learning_rate must be a number above 0, or left out; got {rate!r}.")
+            object.__setattr__(self, "feedback_learning_rate", float(rate))
         margin = self.satisfied_at
         is_number = isinstance(margin, int | float) and not isinstance(margin, bool)
         if margin is not None and not (is_number and 0 < margin < 1):
             raise ConfigError(f"satisfied_at must be a probability between 0 and 1, or left out; got {margin!r}.")
 
     def _check_head(self) -> None:
-        if self.head_layers and self.feedback in ("direct", "prototype"):
+        if self.head_layers and self.feedback in ("direct", "chained", "prototype"):
             raise ConfigError(
                 f"head_layers={self.head_layers} and feedback={self.feedback!r} exclude each other: a head that "
                 "borrows layers predicts with the model's own task head. Use feedback='auto'."
@@ -201,6 +219,11 @@ class BlockLocalConfig:
             raise ConfigError(
                 f"head_layers={self.head_layers} and sim={self.sim} exclude each other: similarity matching compares "
                 "a block's own output. Leave one of the two out."
+            )
+        if self.feedback == "chained" and self.latent_dim < 2:
+            raise ConfigError(
+                f"latent_dim={self.latent_dim} and feedback='chained' exclude each other: a message of one unit is "
+                "nothing but its scale, and that is lost on the way down. Use a latent_dim of at least 2."
             )
         if self.satisfied_at is not None and self.feedback == "prototype":
             raise ConfigError(
@@ -218,11 +241,23 @@ class BlockLocalConfig:
                 "layers has no readout. Leave one of the two out."
             )
 
-    @property
-    def chooses_own_head(self) -> bool:
-        """Whether a field asks for a head that reads the block's output itself, and borrows nothing."""
-        names = ("feedback", "loss", "family", "readout", "latent_dim", "pooling", "sim")
-        return any(getattr(self, name) != getattr(type(self), name) for name in names)
+    def _check_bootstrap(self) -> None:
+        until = self.bootstrap_until
+        if isinstance(until, bool) or not isinstance(until, int | float) or not 0 < until < 1:
+            raise ConfigError(
+                f"bootstrap_until must be a share above 0 and below 1, so that it ends before the run; got {until!r}."
+            )
+        if self.bootstrap == 0:
+            return
+        needs = {"feedback": ("auto", "chained", "direct"), "readout": ("linear",), "head_layers": (None, 0)}
+        for name, possible in {**needs, "overlap": (0,)}.items():
+            value = getattr(self, name)
+            if value not in possible:
+                raise ConfigError(
+                    f"bootstrap={self.bootstrap} and {name}={value!r} exclude each other: the message of a learned "
+                    "feedback network is carried into what a block hands on through its linear readout, without "
+                    f"gradient. Use {name}={possible[-1]!r}, or leave bootstrap out."
+                )
 
     def _check_cut(self) -> None:
         if self.boundaries is None:

@@ -11,6 +11,20 @@ from dataclasses import replace
 from hf_blocklocal.config import BlockLocalConfig
 
 
+# Fields that speak of a head with parameters of its own; any that is not as it comes turns borrowing off.
+OWN_HEAD = (
+    "feedback",
+    "loss",
+    "family",
+    "latent_dim",
+    "readout",
+    "pooling",
+    "sim",
+    "feedback_learning_rate",
+    "bootstrap",
+)
+
+
 def default_head_layers(num_blocks: int) -> int:
     """Return how many layers heads borrow by default: one where the model is cut in two, else two.
 
@@ -29,5 +43,5 @@ def settled(config: BlockLocalConfig, *, lends: bool) -> BlockLocalConfig:
     """
     if config.head_layers is not None:
         return config
-    own_head = config.chooses_own_head or not lends
+    own_head = not lends or any(getattr(config, name) != getattr(BlockLocalConfig, name) for name in OWN_HEAD)
     return replace(config, head_layers=0 if own_head else default_head_layers(config.num_blocks))

@@ -17,12 +17,12 @@ from transformers import Trainer
 
 from hf_blocklocal.anchor import Anchor
 from hf_blocklocal.assembly import Assembly, assemble, check_structure
+from hf_blocklocal.bootstrap import bootstrap_weight
 from hf_blocklocal.checkpoint import FILES, load_heads_, save_heads
 from hf_blocklocal.compilation import layers_compiled
 from hf_blocklocal.config import BlockLocalConfig
 from hf_blocklocal.data_parallel import broadcast_from_first
 from hf_blocklocal.evaluation import BlockScores
-from hf_blocklocal.groups import factors_by_block, scale_learning_rates_
 from hf_blocklocal.meters import BlockLossMeter
 from hf_blocklocal.optim import add_heads_, check_steps_by_block
 from hf_blocklocal.polish import is_global
@@ -49,8 +49,9 @@ class BlockLocalTrainer(Trainer):
 
     - `max_grad_norm` clips the gradient of each block by itself, because a norm over all blocks would couple them: a
       block could not be stepped before the last one has its gradient, or on another device.
-    - `loss` in the logs is the last block's, comparable with `Trainer`; `block_k/loss` is that of block k. Evaluation
-      adds what each block's head would have predicted, `eval_block_k_accuracy` and `eval_block_k_loss`.
+    - `loss` in the logs is the last block's, comparable with `Trainer`; `block_k/loss` is that of block k. Where the
+      message from the target is learned, `block_k/kl` and `block_k/nll` are the halves of the bound. Evaluation adds
+      what each block's head would have predicted, `eval_block_k_accuracy` and `eval_block_k_loss`.
     - Where the model's own loss ignores `num_items_in_batch`, it is divided by the accumulation steps.
     - A micro-batch in which every label is -100 is skipped and counted as `skipped_batches` in the logs.
     - A loss or gradient that is not finite stops the run before it touches a weight; gradients in fp16 are left to the
@@ -139,8 +140,7 @@ class BlockLocalTrainer(Trainer):
         optimizer = super().create_optimizer(self.assembly.module)
         if given is not None:
             add_heads_(given, list(self.assembly.heads.parameters()), has_schedule=has_schedule)
-        factors = factors_by_block(self.assembly.parameters, self.block_local.block_lr_decay)
-        scale_learning_rates_(self._inner_optimizer, factors, option="block_lr_decay", has_schedule=has_schedule)
+        self.assembly.set_learning_rates_(self._inner_optimizer, has_schedule=has_schedule)
         if self.block_local.step_per_block and self.assembly.last > 0:
             check_steps_by_block(self._inner_optimizer)
         return optimizer
@@ -202,13 +202,16 @@ class BlockLocalTrainer(Trainer):
                 self.compute_loss_func, inputs["labels"], targets, num_items_in_batch, processes=processes
             ),
             heads_only=self.state.global_step < self.block_local.head_warmup_steps,
+            bootstrap=bootstrap_weight(self.state.global_step, self.state.max_steps, self.block_local),
         )
         with lesson as report:
             loss = super().training_step(self._forward, inputs, self._items_for_model(num_items_in_batch))
         report.losses.append(loss)
         report.check_finite(self.state.global_step + 1)
         self._finish_block(assembly.last, report)
-        self._meter.add(report.losses, completes_step=self.accelerator.sync_gradients)
+        self._meter.add(
+            report.losses, halves=report.halves, targets=report.targets, completes_step=self.accelerator.sync_gradients
+        )
         return loss
 
     def _global_step(self, inputs: dict[str, Any], num_items_in_batch: Any) -> Tensor:

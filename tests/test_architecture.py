@@ -27,7 +27,7 @@ FLOORS = [
         "partition",
         "targets",
     ],
-    ["defaults", "families", "polish", "sampling", "scaling", "updates"],
+    ["bootstrap", "defaults", "families", "polish", "sampling", "scaling", "updates"],
     ["losses"],
     ["feedback"],
     ["blocks", "meters", "plots", "probe", "settings"],
