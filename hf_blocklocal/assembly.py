@@ -6,7 +6,7 @@ This is the place to start for a training loop of one's own; the trainer does no
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,21 +18,24 @@ from hf_blocklocal.anatomy import (
     check_layers_not_shared,
     find_router_loss,
     find_stacks,
-    is_encoder_decoder,
     target_embedding,
 )
 from hf_blocklocal.blocks import Boundaries, Cut
+from hf_blocklocal.building import build_heads, build_shortcut
 from hf_blocklocal.config import BlockLocalConfig
 from hf_blocklocal.copies import Copies
 from hf_blocklocal.costs import head_costs
+from hf_blocklocal.defaults import settled
 from hf_blocklocal.errors import UnsupportedSettingError
-from hf_blocklocal.feedback import FeedbackHead, build_head
+from hf_blocklocal.feedback import FeedbackHead
+from hf_blocklocal.groups import factors_by_block, rates_of_feedback, scale_learning_rates_
+from hf_blocklocal.losses import Contrast
 from hf_blocklocal.partition import Span
 from hf_blocklocal.sampling import with_candidates
-from hf_blocklocal.shortcut import Shortcut, borrowed_layers
+from hf_blocklocal.shortcut import borrowed_layers
 from hf_blocklocal.step import LocalStep
-from hf_blocklocal.targets import Targets, Task, choose_alignment, read_targets
-from hf_blocklocal.trace import Trace, owners_of, plan_cut, plan_spans, trace_layers, trace_reach
+from hf_blocklocal.targets import Targets, Task, read_targets
+from hf_blocklocal.trace import owners_of, plan_cut, plan_spans, trace_layers, trace_reach
 
 
 logger = logging.getLogger(__name__)
@@ -64,7 +67,7 @@ class Assembly:
     """A model ready to be trained block by block.
 
     Attributes:
-        config: How it is cut and taught.
+        config: How it is cut and taught, with nothing left open.
         task: What it is to predict; None with a single block, which asks for nothing but the model's own loss.
         cut: Where it is cut.
         module: The model with its heads.
@@ -107,9 +110,11 @@ class Assembly:
         if self.task is None:
             return None
         targets = read_targets(self.task, inputs)
-        if self.task.target != "vocabulary" or all(head.feedback.loss != "contrast" for head in self.heads):
+        if self.task.target != "vocabulary" or not any(isinstance(head.loss, Contrast) for head in self.heads):
             return targets
         generator = torch.Generator().manual_seed(_mix(seed))
+        shortcut = self.step.shortcut
+        whole_vocabulary = whole_vocabulary or (shortcut is not None and not shortcut.confines)
         negatives = None if whole_vocabulary else self.config.negatives
         embedding = target_embedding(self.module.model)
         return with_candidates(targets, embedding, negatives=negatives, generator=generator)
@@ -147,6 +152,26 @@ class Assembly:
                 "parameter, so the model's own loss teaches nothing, and it cannot reach the layers below. "
                 "Unfreeze the task head or a layer there, or use num_blocks=1."
             )
+
+    def set_learning_rates_(self, optimizer: torch.optim.Optimizer, *, has_schedule: bool = False) -> None:
+        """Give the groups of an optimizer of all parameters the learning rates that the config asks for.
+
+        Args:
+            optimizer: The optimizer, changed in place, before a schedule is made for it.
+            has_schedule: Whether it has one already, which is an error if a rate is to be changed.
+
+        Raises:
+            UnsupportedSettingError: If the optimizer cannot have different rates.
+        """
+        decay, feedback_rate = self.config.block_lr_decay, self.config.feedback_learning_rate
+        asked = {"block_lr_decay": decay != 1, "feedback_learning_rate": feedback_rate is not None}
+        scale_learning_rates_(
+            optimizer,
+            factors_by_block(self.parameters, decay),
+            rates=rates_of_feedback(self.heads, feedback_rate),
+            option=" with ".join(name for name, is_asked in asked.items() if is_asked),
+            has_schedule=has_schedule,
+        )
 
     def describe(self) -> str:
         """Return the cut as a table: block, layers, parameters of block and head, cost of the head, what teaches it.
@@ -233,17 +258,18 @@ def assemble(
         return _uncut(model, config)
     trace = trace_layers(model, find_stacks(model, config.layers), inputs)
     cut = plan_cut(trace, config)
+    config = settled(config, lends=trace.stacks[-1] == 0)
     device = inputs["labels"].device
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
-        heads = [_head(model, config, trace, cut, block, label_smoothing) for block in range(cut.num_blocks - 1)]
+        heads = build_heads(model, config, trace, cut, label_smoothing)
     module = TaughtModel(model, heads)
     module.heads.to(device)
     router_loss = find_router_loss(model)
     boundaries = Boundaries(model, cut, router_loss.routers if router_loss else None)
     reach = trace_reach(model, boundaries, inputs)
     owners = owners_of((name for name, _ in model.named_parameters()), cut, reach)
-    shortcut = _shortcut(model, config, trace, cut, reach, owners) if config.borrows else None
+    shortcut = build_shortcut(model, config, trace, cut, inputs, reach, owners) if config.borrows else None
     assembly = Assembly(
         config=config,
         task=trace.task,
@@ -260,31 +286,6 @@ def assemble(
     return assembly
 
 
-def _shortcut(
-    model: nn.Module,
-    config: BlockLocalConfig,
-    trace: Trace,
-    cut: Cut,
-    reach: Sequence[set[str]],
-    owners: Mapping[str, int],
-) -> Shortcut:
-    if trace.stacks[-1] > 0 and not is_encoder_decoder(model):
-        raise UnsupportedSettingError(
-            f"head_layers needs a model with one stack of layers, or an encoder and a decoder. {type(model).__name__} "
-            f"has {trace.stacks[-1] + 1} stacks, and its config does not say is_encoder_decoder. Use head_layers=0."
-        )
-    if config.head_layers == 0 and not trace.ends_in_final_stack(cut.spans[0].last):
-        raise UnsupportedSettingError(
-            f"Block 0 ends in the encoder of {type(model).__name__}, and with head_layers=0 no decoder layer reads "
-            "what a lens makes of it. Use head_lens with head_layers=1 or more, or none of the two."
-        )
-    shortcut = Shortcut(model, cut, trace, config.head_layers, reach)
-    every, lag, decay = config.head_refresh_steps, config.head_refresh_lag, config.head_refresh_decay
-    if (every, lag, decay) != (1, 0, 0):
-        shortcut.copies = Copies(model, shortcut.lent_weights(owners), every=every, lag=lag, decay=decay)
-    return shortcut
-
-
 def _uncut(model: nn.Module, config: BlockLocalConfig) -> Assembly:
     """Return a single block: any model at all, as the plain Trainer takes it."""
     cut = Cut(layers=(), stacks=(), spans=(Span(0, 0),))
@@ -297,25 +298,6 @@ def _uncut(model: nn.Module, config: BlockLocalConfig) -> Assembly:
         parameters=(tuple(model.parameters()),),
         step=LocalStep(Boundaries(model, cut), []),
         counts_items=True,
-    )
-
-
-def _head(
-    model: nn.Module, config: BlockLocalConfig, trace: Trace, cut: Cut, block: int, label_smoothing: float
-) -> FeedbackHead:
-    layer = cut.spans[block].last
-    shape = trace.shapes[layer]
-    # A head that borrows layers answers where the model's own does.
-    answers = len(cut.layers) - 1 if config.borrows else layer
-    final_stack = trace.ends_in_final_stack(answers)
-    alignment = choose_alignment(trace.task, trace.shapes[answers], trace.labels_shape, final_stack=final_stack)
-    return build_head(
-        config,
-        trace.task,
-        hidden_width=shape[1] if len(shape) == 4 else shape[-1],
-        alignment=alignment,
-        embedding_width=target_embedding(model).shape[1] if trace.task.target == "vocabulary" else None,
-        label_smoothing=label_smoothing,
     )
 
 

@@ -51,6 +51,10 @@ class NonFiniteLossError(BlockLocalError, RuntimeError):
     """The loss of one block became NaN or infinite. The block was not updated; its weights are still finite."""
 
 
+class InputsNeededError(BlockLocalError, ValueError):
+    """Heads that borrow layers were not given the inputs of the forward pass. Hand them to `teach`."""
+
+
 class LossNotSentBackError(BlockLocalError, RuntimeError):
     """The last block's loss was not sent back where blocks below it wait for it. Send it back inside the step."""
 

@@ -53,7 +53,7 @@ class BlockScores:
 
         def leave(block: int, hidden: Tensor, _router_logits: tuple[Tensor, ...]) -> None:
             with outputs_not_recorded(), self.step.borrowing(block):
-                seen = self.step.seen_by_head(block, hidden, inputs)
+                seen = self.step.seen_by_head(block, hidden, inputs, targets)
             messages = heads[block].messages(seen, targets)
             scores_N3 = score(heads[block].loss, messages).to(columns_BK3.device)
             columns_BK3[:, block] = columns_BK3[:, block].index_add(0, targets.samples_N, scores_N3)

@@ -43,8 +43,8 @@ class Family(Protocol):
     def mean(self, t_NZ: Tensor) -> Tensor:
         """Return the mean of the latent, (N, Z), the gradient of `A`."""
 
-    def posterior(self, a_NZ: Tensor, b_NZ: Tensor) -> Tensor:
-        """Return the parameters, (N, Z), of which `mean` makes the mean of rho."""
+    def posterior(self, a_NZ: Tensor, b_NZ: Tensor, weight: float = 1.0) -> Tensor:
+        """Return the parameters, (N, Z), of which `mean` makes the mean of rho, or of `alpha beta^weight` likewise."""
 
     def halves(self, a_NZ: Tensor, b_NZ: Tensor) -> tuple[Tensor, Tensor]:
         """Return `KL(rho || alpha)` and `E_rho[-log beta]`, (N,) each, which sum to `-log Z(a_n, b_n)` in full."""
@@ -61,9 +61,9 @@ class _Natural(ABC):
     def mean(self, t_NZ: Tensor) -> Tensor:
         """Return the gradient of `A`, (N, Z)."""
 
-    def posterior(self, a_NZ: Tensor, b_NZ: Tensor) -> Tensor:
-        """Return `a + b`."""
-        return a_NZ.float() + b_NZ.float()
+    def posterior(self, a_NZ: Tensor, b_NZ: Tensor, weight: float = 1.0) -> Tensor:
+        """Return `a + weight b`."""
+        return a_NZ.float() + weight * b_NZ.float()
 
     def halves(self, a_NZ: Tensor, b_NZ: Tensor) -> tuple[Tensor, Tensor]:
         """Return `<b, m> - A(a + b) + A(a)` and `A(b) - <b, m>`, m being the mean of the posterior."""
@@ -100,9 +100,9 @@ class Gaussian:
         """Return t itself."""
         return t_NZ.float()
 
-    def posterior(self, a_NZ: Tensor, b_NZ: Tensor) -> Tensor:
-        """Return `(a + b) / 2`, the mean of the posterior; its variance is 1/2."""
-        return (a_NZ.float() + b_NZ.float()) / 2
+    def posterior(self, a_NZ: Tensor, b_NZ: Tensor, weight: float = 1.0) -> Tensor:
+        """Return `(a + weight b) / (1 + weight)`, the mean of the posterior; its variance is `1 / (1 + weight)`."""
+        return (a_NZ.float() + weight * b_NZ.float()) / (1 + weight)
 
     def halves(self, a_NZ: Tensor, b_NZ: Tensor) -> tuple[Tensor, Tensor]:
         """Return `(a - b)^2 / 8` summed over units, twice, with the constants that make each of them exact."""

@@ -6,7 +6,7 @@ the proportions hold through the run.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -30,17 +30,33 @@ def factors_by_block(blocks: Sequence[Sequence[nn.Parameter]], decay: float) -> 
     return {parameter: decay ** (last - block) for block, mine in enumerate(blocks) for parameter in mine}
 
 
+def rates_of_feedback(heads: Iterable[nn.Module], rate: float | None) -> dict[nn.Parameter, float]:
+    """Return the learning rate of each parameter of a feedback network; nothing if none is asked for.
+
+    Args:
+        heads: The feedback heads.
+        rate: Learning rate of their feedback networks.
+    """
+    return {} if rate is None else {parameter: rate for head in heads for parameter in head.feedback.parameters()}
+
+
 def scale_learning_rates_(
-    optimizer: torch.optim.Optimizer, factors: Mapping[nn.Parameter, float], *, option: str, has_schedule: bool
+    optimizer: torch.optim.Optimizer,
+    factors: Mapping[nn.Parameter, float],
+    *,
+    rates: Mapping[nn.Parameter, float] | None = None,
+    option: str,
+    has_schedule: bool,
 ) -> None:
     """Split the groups of an optimizer so that the learning rate of each parameter is multiplied with its factor.
 
-    Within a group, parameters keep their order, and the largest factor comes first. An optimizer that has been split
-    already is left alone.
+    Within a group, parameters keep their order, the largest factor comes first, and rates of their own come last. An
+    optimizer that has been split already is left alone.
 
     Args:
         optimizer: The optimizer, changed in place.
         factors: Factor of each parameter; 1 for those that are not mentioned.
+        rates: Parameters with a learning rate of their own, in place of a factor.
         option: Option that asks for it, for messages.
         has_schedule: Whether a learning rate schedule has been made for the groups as they are.
 
@@ -48,13 +64,14 @@ def scale_learning_rates_(
         UnsupportedSettingError: If the optimizer chooses learning rates by itself, has no ordinary groups, or has a
             schedule already.
     """
-    groups = optimizer.param_groups
-    if all(factor == 1 for factor in factors.values()) or any(_FACTOR in group for group in groups):
+    groups, rates = optimizer.param_groups, rates or {}
+    nothing_to_do = not rates and all(factor == 1 for factor in factors.values())
+    if nothing_to_do or any(_FACTOR in group for group in groups):
         return
     name = type(optimizer).__name__
     if not groups or any(group.get("lr") is None for group in groups):
         raise UnsupportedSettingError(
-            f"{option} multiplies learning rates, and {name} keeps none in its parameter groups. Choose another "
+            f"{option} changes learning rates, and {name} keeps none in its parameter groups. Choose another "
             f"optimizer (for Adafactor: relative_step=False and a learning rate), or leave {option} out."
         )
     if has_schedule:
@@ -63,13 +80,20 @@ def scale_learning_rates_(
             "as they are. Pass optimizers=(optimizer, None) and the schedule by lr_scheduler_type."
         )
     # In place: some optimizers and schedules keep a reference to the list.
-    groups[:] = [part for group in groups for part in _split(group, factors)]
+    groups[:] = [part for group in groups for part in _split(group, factors, rates)]
 
 
-def _split(group: Mapping[str, Any], factors: Mapping[nn.Parameter, float]) -> Iterator[dict[str, Any]]:
-    parts: dict[float, list[nn.Parameter]] = {}
+def _split(
+    group: Mapping[str, Any], factors: Mapping[nn.Parameter, float], rates: Mapping[nn.Parameter, float]
+) -> Iterator[dict[str, Any]]:
+    parts: dict[tuple[float | None, float], list[nn.Parameter]] = {}
     for parameter in group["params"]:
-        parts.setdefault(factors.get(parameter, 1.0), []).append(parameter)
-    for factor in sorted(parts, reverse=True):
-        rates = {name: group[name] * factor for name in ("lr", "initial_lr") if name in group}
-        yield {**group, **rates, "params": parts[factor], _FACTOR: factor}
+        rate = rates.get(parameter)
+        factor = factors.get(parameter, 1.0) if rate is None else 1.0
+        parts.setdefault((rate, factor), []).append(parameter)
+    # A rate of its own comes last, because logs show the rate of the first group.
+    for rate, factor in sorted(parts, key=lambda part: (part[0] is not None, -part[1], part[0])):
+        changed = {
+            name: group[name] * factor if rate is None else rate for name in ("lr", "initial_lr") if name in group
+        }
+        yield {**group, **changed, "params": parts[rate, factor], _FACTOR: factor}

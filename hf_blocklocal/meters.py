@@ -1,4 +1,6 @@
-"""Losses of all blocks between two logs, kept on their device so that no step has to wait for them."""
+"""What all blocks say between two logs, kept on their device so that no step has to wait for it."""
+
+# Shapes: K blocks, H blocks with a head.
 
 from __future__ import annotations
 
@@ -13,21 +15,38 @@ from hf_blocklocal.data_parallel import average_over_processes
 class BlockLossMeter:
     """Sums the loss of every block over micro-batches and divides by optimizer steps, as `Trainer` does with one.
 
-    In a global step only the last block has a loss; the means of the others are over the steps that had theirs.
+    In a global step only the last block has a loss; the means of the others are over the steps that had theirs. Where
+    backward messages are learned, the halves of a block's bound are summed too, and divided by targets.
     """
 
     def __init__(self) -> None:
         self.skipped_batches = 0
+        self._forget()
+
+    def _forget(self) -> None:
         self._sums_K: Tensor | None = None
         self._last_alone: Tensor | None = None
         self._local_steps = 0
         self._global_steps = 0
+        self._halves_H2: Tensor | None = None
+        self._targets = 0
 
-    def add(self, losses: Sequence[Tensor], *, completes_step: bool) -> None:
-        """Add the losses of one micro-batch."""
-        device = losses[-1].device
-        losses_K = torch.stack([loss.float().to(device) for loss in losses])
-        self._sums_K = losses_K if self._sums_K is None else self._sums_K + losses_K
+    def add(
+        self, losses: Sequence[Tensor], *, halves: Sequence[Tensor] = (), targets: int = 0, completes_step: bool
+    ) -> None:
+        """Add one micro-batch.
+
+        Args:
+            losses: Loss of every block.
+            halves: For every block but the last, the two halves of its bound, summed over targets; empty if no
+                backward message is learned.
+            targets: How many targets those sums are over.
+            completes_step: Whether it is the last one of its optimizer step.
+        """
+        self._sums_K = _sum(self._sums_K, losses, losses[-1].device)
+        if halves:
+            self._halves_H2 = _sum(self._halves_H2, halves, losses[-1].device)
+            self._targets += targets
         self._local_steps += completes_step
 
     def add_global(self, loss: Tensor, *, completes_step: bool) -> None:
@@ -44,9 +63,10 @@ class BlockLossMeter:
             self._local_steps += completes_step
 
     def pop(self, num_blocks: int, device: torch.device, world_size: int) -> dict[str, float]:
-        """Return `block_k/loss` since the last call, averaged over processes, and this one's skipped batches so far.
+        """Return the logs since the last call, averaged over processes, and this process's skipped batches so far.
 
-        Blocks that had no loss, because all steps were global, are left out.
+        `block_k/loss` of blocks that had none, because all steps were global, is left out. `block_k/kl` and
+        `block_k/nll`, in nats per target, are there where backward messages are learned.
 
         Args:
             num_blocks: Blocks, K.
@@ -58,8 +78,20 @@ class BlockLossMeter:
         if self._global_steps > 0:
             steps_K[-1] = self._local_steps + self._global_steps
             sums_K[-1] += 0 if self._last_alone is None else self._last_alone.to(device)
-        means_K = average_over_processes(sums_K / steps_K, world_size)
+        halves_H2 = torch.zeros(num_blocks - 1, 2, device=device) if self._halves_H2 is None else self._halves_H2
+        said = [sums_K / steps_K, halves_H2.flatten().to(device), sums_K.new_tensor([self._targets])]
+        # One vector of the same length in every process, one of which may have skipped all its batches.
+        *values, targets = average_over_processes(torch.cat(said), world_size).tolist()
         first = num_blocks - 1 if self._global_steps > 0 and self._local_steps == 0 else 0
-        self._sums_K, self._last_alone, self._local_steps, self._global_steps = None, None, 0, 0
-        logs = {f"block_{block}/loss": loss for block, loss in enumerate(means_K.tolist()) if block >= first}
+        self._forget()
+        logs = {f"block_{block}/loss": values[block] for block in range(first, num_blocks)}
+        if targets > 0:
+            for block, half in enumerate(range(num_blocks, len(values), 2)):
+                logs[f"block_{block}/kl"], logs[f"block_{block}/nll"] = (x / targets for x in values[half : half + 2])
         return logs | ({"skipped_batches": self.skipped_batches} if self.skipped_batches else {})
+
+
+def _sum(so_far: Tensor | None, values: Sequence[Tensor], device: torch.device) -> Tensor:
+    """Return values, stacked on one device, added to the sum so far."""
+    stacked = torch.stack([value.float().to(device) for value in values])
+    return stacked if so_far is None else so_far + stacked

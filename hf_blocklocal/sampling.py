@@ -43,7 +43,7 @@ def with_candidates(
     ids_C = torch.cat([distinct_T, skip_ids(distinct_T, ranks_M)])
     log_weights_C = torch.zeros(ids_C.shape[0], device=ids_C.device)
     log_weights_C[distinct_T.shape[0] :] = math.log(others / negatives)
-    candidates = Candidates(embedding_VE.detach()[ids_C], log_weights_C, vocabulary)
+    candidates = Candidates(embedding_VE.detach()[ids_C], log_weights_C, vocabulary, ids_C)
     return replace(targets, values=values_N, candidates=candidates)
 
 

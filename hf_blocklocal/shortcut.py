@@ -10,10 +10,12 @@ gradient. With all layers above, the loss has the very gradient of backpropagati
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from types import MethodType
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hf_blocklocal.anatomy import is_encoder_decoder
@@ -51,11 +53,22 @@ class Shortcut:
         trace: What its layers return.
         count: Layers that every head borrows.
         reached: For each block, the names of the parameters that its own layers use.
+        confines: Whether the language-model head may be confined to some tokens.
     """
 
-    def __init__(self, model: nn.Module, cut: Cut, trace: Trace, count: int, reached: Sequence[set[str]]) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        cut: Cut,
+        trace: Trace,
+        count: int,
+        reached: Sequence[set[str]],
+        *,
+        confines: bool = False,
+    ) -> None:
         self.model = model
         self.copies: Copies | None = None
+        self.confines = confines
         self._cut = cut
         self._trace = trace
         self._layers = [model.get_submodule(path) for path in cut.layers]
@@ -84,7 +97,9 @@ class Shortcut:
             for block, kept in enumerate(self._kept)
         ]
 
-    def logits(self, block: int, hidden: Tensor, inputs: Mapping[str, Any], trail: Trail) -> Tensor:
+    def logits(
+        self, block: int, hidden: Tensor, inputs: Mapping[str, Any], trail: Trail, tokens_C: Tensor | None = None
+    ) -> Tensor:
         """Run the model from the end of a block.
 
         Args:
@@ -92,6 +107,7 @@ class Shortcut:
             hidden: Its output, (B, S, D).
             inputs: The model's inputs; the labels are left out, unless a decoder's inputs are made from them.
             trail: What the forward pass under way has left so far.
+            tokens_C: Tokens to which a language-model head is confined; None for the whole vocabulary.
 
         Returns:
             The model's logits, (B, C) or (B, S, C).
@@ -99,6 +115,8 @@ class Shortcut:
         given = self._given(block, hidden, trail)
         beside = _Beside(self._cut.stacks)
         with ExitStack() as stack:
+            if tokens_C is not None:
+                stack.enter_context(_confined_to(self.model.get_output_embeddings(), tokens_C))
             for index, layer in enumerate(self._layers):
                 if index in given:
                     stack.enter_context(_replaced_forward(layer, _returning(given[index])))
@@ -106,8 +124,7 @@ class Shortcut:
                     forward = self._passing_on(index, beside, bypassed=index < self._cut.spans[block].last)
                     stack.enter_context(_replaced_forward(layer, forward))
                 stack.callback(layer.register_forward_hook(beside.note(index)).remove)
-            outputs = self.model(**{name: value for name, value in inputs.items() if self._is_needed(name, inputs)})
-        return outputs["logits"] if isinstance(outputs, Mapping) else outputs[0]
+            return _logits(self.model, inputs)
 
     def _given(self, block: int, hidden: Tensor, trail: Trail) -> dict[int, Any]:
         """Return what layers have put out already: the last of the block, and those of the stacks before."""
@@ -133,12 +150,6 @@ class Shortcut:
 
         return pass_on
 
-    def _is_needed(self, name: str, inputs: Mapping[str, Any]) -> bool:
-        if name != "labels":
-            return True
-        has_decoder_inputs = "decoder_input_ids" in inputs or "decoder_inputs_embeds" in inputs
-        return is_encoder_decoder(self.model) and not has_decoder_inputs
-
     @contextmanager
     def lent(self, block: int, *, head_only: bool = False) -> Iterator[None]:
         """Lend a block what lies above it, read-only, from the forward pass of its head to the end of the backward.
@@ -157,6 +168,49 @@ class Shortcut:
         finally:
             for parameter in trainable:
                 parameter.requires_grad_(True)
+
+
+@torch.no_grad()
+def can_be_confined(model: nn.Module, inputs: Mapping[str, Any]) -> bool:
+    """Tell whether a model gives the right logits of some tokens when its language-model head knows no others.
+
+    Args:
+        model: The model, without dropout.
+        inputs: A small batch.
+    """
+    head = model.get_output_embeddings()
+    if type(head) is not nn.Linear or _needs_labels(model, inputs):  # a loss of labels needs the whole vocabulary
+        return False
+    tokens_C = torch.tensor([1, 0], device=head.weight.device)
+    logits = _logits(model, inputs)
+    with _confined_to(head, tokens_C):
+        try:
+            confined = _logits(model, inputs)
+        except RuntimeError:  # something of the size of the vocabulary is added to them
+            return False
+    expected = logits[..., tokens_C]
+    return confined.shape == expected.shape and torch.allclose(confined, expected, rtol=1e-3, atol=1e-4)
+
+
+def _logits(model: nn.Module, inputs: Mapping[str, Any]) -> Tensor:
+    unneeded = set() if _needs_labels(model, inputs) else {"labels"}
+    # A forward that accelerate has put into autocast must not run inside of itself: autocast would never be left.
+    with _replaced_forward(model, MethodType(type(model).forward, model)):
+        outputs = model(**{name: value for name, value in inputs.items() if name not in unneeded})
+    return outputs["logits"] if isinstance(outputs, Mapping) else outputs[0]
+
+
+def _needs_labels(model: nn.Module, inputs: Mapping[str, Any]) -> bool:
+    """Tell whether the inputs of a decoder are made from the labels."""
+    has_decoder_inputs = "decoder_input_ids" in inputs or "decoder_inputs_embeds" in inputs
+    return is_encoder_decoder(model) and not has_decoder_inputs
+
+
+def _confined_to(head: nn.Linear, tokens_C: Tensor) -> AbstractContextManager[None]:
+    def forward(hidden: Tensor) -> Tensor:
+        return F.linear(hidden, head.weight[tokens_C], None if head.bias is None else head.bias[tokens_C])
+
+    return _replaced_forward(head, forward)
 
 
 class _Beside:

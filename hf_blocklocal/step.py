@@ -16,8 +16,9 @@ from torch import Tensor
 
 from hf_blocklocal.anatomy import RouterLoss, outputs_not_recorded
 from hf_blocklocal.blocks import Boundaries
-from hf_blocklocal.errors import NonFiniteLossError
+from hf_blocklocal.errors import InputsNeededError, NonFiniteLossError
 from hf_blocklocal.feedback import FeedbackHead
+from hf_blocklocal.losses import Messages
 from hf_blocklocal.overlap import Interlock
 from hf_blocklocal.shortcut import Shortcut
 from hf_blocklocal.targets import Targets
@@ -30,10 +31,21 @@ class StepReport:
     Attributes:
         losses: Loss of each block that has learned so far, detached, scaled as it was sent back.
         first: The block that the first of them is of: in a global step only the last block has one.
+        halves: For each block with a learned backward message, the two halves of its bound, summed over targets.
+        targets: How many targets those sums are over.
     """
 
     losses: list[Tensor] = field(default_factory=list)
     first: int = 0
+    halves: list[Tensor] = field(default_factory=list)
+    targets: int = 0
+
+    def add(self, loss: Tensor, halves: Tensor | None, targets: int) -> None:
+        """Note what one more block has said of its targets."""
+        self.losses.append(loss.detach())
+        if halves is not None:
+            self.halves.append(halves)
+            self.targets = targets
 
     def check_finite(self, step: int) -> None:
         """Stop before a loss that is not a number reaches a weight.
@@ -93,6 +105,7 @@ class LocalStep:
         inputs: Mapping[str, Any] | None = None,
         custom_loss: Callable[[Tensor], Tensor] | None = None,
         heads_only: bool = False,
+        bootstrap: float = 0.0,
     ) -> Iterator[StepReport]:
         """Let each block learn at its end, in the forward pass that runs inside the `with`.
 
@@ -106,6 +119,7 @@ class LocalStep:
             inputs: The model's inputs, for heads that borrow layers.
             custom_loss: Maps the logits (B, C) that a head predicts to a loss, in place of the head's own.
             heads_only: Whether only the heads learn, and the last block; the losses are reported all the same.
+            bootstrap: Weight of the target's message in what blocks hand on; needs learned feedback.
 
         Yields:
             The report, filled as the forward pass comes by the ends of the blocks.
@@ -115,7 +129,7 @@ class LocalStep:
         last = self.boundaries.cut.num_blocks - 1
         interlock = Interlock(0 if heads_only else self.overlap, last)
 
-        def learn(block: int, hidden: Tensor, router_logits: tuple[Tensor, ...]) -> None:
+        def learn(block: int, hidden: Tensor, router_logits: tuple[Tensor, ...]) -> Messages:
             head = self.heads[block]
             if heads_only:
                 hidden, router_logits = hidden.detach(), tuple(logits.detach() for logits in router_logits)
@@ -124,19 +138,21 @@ class LocalStep:
                 self.borrowing(block, heads_only=heads_only),
                 _recording(head if heads_only else None),
             ):
-                seen = self.seen_by_head(block, hidden, inputs)
+                seen = self.seen_by_head(block, hidden, inputs, targets)
+                heard: list[Messages] = []
                 if custom_loss is None:
-                    loss = head(seen, targets).sum() * scale
+                    loss = head(seen, targets, heard.append).sum() * scale
                 else:
-                    loss = custom_loss(head.logits(seen, targets))
+                    loss = custom_loss(head.logits(seen, targets, heard.append))
                 loss = loss + self._router_loss(block, router_logits, targets) if router_logits else loss
-                report.losses.append(loss.detach())
+                report.add(loss, head.loss.halves(heard[0]), len(targets))
                 if loss.requires_grad:
                     with torch.autocast(hidden.device.type, enabled=False):
                         backward(loss, **({"retain_graph": True} if interlock.overlap > 0 else {}))
             if torch.is_autocast_enabled(hidden.device.type):
                 # The copies of this block's weights in low precision would live until the whole forward ends.
                 torch.clear_autocast_cache()
+            return heard[0]
 
         def send_back(block: int) -> None:
             with outputs_not_recorded():
@@ -145,8 +161,11 @@ class LocalStep:
                 learned(lower, report)
 
         def leave(block: int, hidden: Tensor, router_logits: tuple[Tensor, ...]) -> Tensor | None:
-            learn(block, hidden, router_logits)
-            handed_on = interlock.hand_on(block, hidden)
+            messages = learn(block, hidden, router_logits)
+            if bootstrap > 0:  # before the head is stepped
+                handed_on = self.heads[block].bootstrapped(hidden.detach(), messages, bootstrap)
+            else:
+                handed_on = interlock.hand_on(block, hidden)
             send_back(block)
             return handed_on
 
@@ -154,14 +173,25 @@ class LocalStep:
             yield report
             send_back(last)
 
-    def seen_by_head(self, block: int, hidden: Tensor, inputs: Mapping[str, Any] | None) -> Tensor:
-        """Return what a head is given: the block's output, or the logits that borrowed layers make of it."""
+    def seen_by_head(
+        self, block: int, hidden: Tensor, inputs: Mapping[str, Any] | None, targets: Targets | None
+    ) -> Tensor:
+        """Return what a head is given: the block's output, or the logits that borrowed layers make of it.
+
+        Raises:
+            InputsNeededError: If layers are borrowed and the inputs are missing.
+        """
         if self.shortcut is None:
             return hidden
-        assert inputs is not None, "heads that borrow layers need the inputs of the model"
+        if inputs is None:
+            raise InputsNeededError(
+                "The heads borrow layers of the model (head_layers), which need the inputs of the forward pass. Call "
+                "teach(..., inputs=batch), or use heads of their own: BlockLocalConfig(head_layers=0)."
+            )
         trail = self.boundaries.trail if hidden.requires_grad else self.boundaries.trail.detached()
+        tokens_C = None if targets is None or targets.candidates is None else targets.candidates.ids_C
         with self.boundaries.suspended():
-            return self.shortcut.logits(block, self.heads[block].translate(hidden), inputs, trail)
+            return self.shortcut.logits(block, self.heads[block].translate(hidden), inputs, trail, tokens_C)
 
     def borrowing(self, block: int, *, heads_only: bool = False) -> AbstractContextManager[None]:
         """Lend the head of a block what it borrows from the model, for its forward and its backward pass."""

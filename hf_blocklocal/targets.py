@@ -53,11 +53,13 @@ class Candidates:
         log_weights_C: Logarithm of how many tokens each candidate stands for: 0 for the targets of the batch,
             `log((V - |T|) / M)` for the M negatives drawn among the other `V - |T|` tokens.
         vocabulary: Tokens in all, V.
+        ids_C: The token of each candidate; None where they are the whole vocabulary in its order.
     """
 
     embeddings_CE: Tensor
     log_weights_C: Tensor
     vocabulary: int
+    ids_C: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -109,6 +111,23 @@ class Targets:
         if self.stretched and mask_BS is not None and hidden.dim() == 3:
             mask_BS = F.interpolate(mask_BS[:, None].float(), size=hidden.shape[1], mode="nearest")[:, 0]
         return pool(hidden, mask_BS, pooling), self.samples_N
+
+    def moved(self, hidden: Tensor, change_ND: Tensor, alignment: Alignment) -> Tensor:
+        """Move each hidden state by what the targets it answers ask for.
+
+        Args:
+            hidden: Output of a block, (B, S, D) or (B, D, height, width).
+            change_ND: For each target, the change of the row that `rows` picks for it.
+            alignment: One row per target position, each moved by itself; or one per sample, whose whole sequence is
+                moved by the mean over its targets, and its pooled row with it.
+        """
+        if alignment == "position":
+            flat = hidden.flatten(0, 1)
+            return flat.index_add(0, self.positions_N, change_ND.to(hidden.dtype)).view_as(hidden)
+        counts_B = torch.bincount(self.samples_N, minlength=hidden.shape[0]).clamp(min=1)
+        sums_BD = change_ND.new_zeros(hidden.shape[0], change_ND.shape[1]).index_add(0, self.samples_N, change_ND)
+        change_BD = (sums_BD / counts_B.unsqueeze(1)).to(hidden.dtype)
+        return hidden + (change_BD[:, :, None, None] if hidden.dim() == 4 else change_BD.unsqueeze(1))
 
 
 def pool(hidden: Tensor, mask_BS: Tensor | None, pooling: Pooling) -> Tensor:

@@ -17,24 +17,19 @@ from transformers import Trainer
 
 from hf_blocklocal.anchor import Anchor
 from hf_blocklocal.assembly import Assembly, assemble, check_structure
+from hf_blocklocal.bootstrap import bootstrap_weight
 from hf_blocklocal.checkpoint import FILES, load_heads_, save_heads
 from hf_blocklocal.compilation import layers_compiled
 from hf_blocklocal.config import BlockLocalConfig
 from hf_blocklocal.copies import Copies
 from hf_blocklocal.data_parallel import broadcast_from_first
 from hf_blocklocal.evaluation import BlockScores
-from hf_blocklocal.groups import factors_by_block, scale_learning_rates_
 from hf_blocklocal.meters import BlockLossMeter
 from hf_blocklocal.optim import add_heads_, check_steps_by_block
 from hf_blocklocal.polish import is_global
 from hf_blocklocal.probe import dataset_to_trace, first_batch, random_state_kept, with_own_generators
 from hf_blocklocal.scaling import custom_loss, loss_scale
-from hf_blocklocal.settings import (
-    check_arguments,
-    check_launcher,
-    check_loss_settings,
-    check_placement,
-)
+from hf_blocklocal.settings import check_arguments, check_launcher, check_loss_settings, check_placement
 from hf_blocklocal.step import StepReport
 from hf_blocklocal.updates import BlockUpdates
 
@@ -50,8 +45,9 @@ class BlockLocalTrainer(Trainer):
 
     - `max_grad_norm` clips the gradient of each block by itself, because a norm over all blocks would couple them: a
       block could not be stepped before the last one has its gradient, or on another device.
-    - `loss` in the logs is the last block's, comparable with `Trainer`; `block_k/loss` is that of block k. Evaluation
-      adds what each block's head would have predicted, `eval_block_k_accuracy` and `eval_block_k_loss`.
+    - `loss` in the logs is the last block's, comparable with `Trainer`; `block_k/loss` is that of block k. Where the
+      message from the target is learned, `block_k/kl` and `block_k/nll` are the halves of the bound. Evaluation adds
+      what each block's head would have predicted, `eval_block_k_accuracy` and `eval_block_k_loss`.
     - Where the model's own loss ignores `num_items_in_batch`, it is divided by the accumulation steps.
     - A micro-batch in which every label is -100 is skipped and counted as `skipped_batches` in the logs.
     - A loss or gradient that is not finite stops the run before it touches a weight; gradients in fp16 are left to the
@@ -145,8 +141,7 @@ class BlockLocalTrainer(Trainer):
         optimizer = super().create_optimizer(self.assembly.module)
         if given is not None:
             add_heads_(given, list(self.assembly.heads.parameters()), has_schedule=has_schedule)
-        factors = factors_by_block(self.assembly.parameters, self.block_local.block_lr_decay)
-        scale_learning_rates_(self._inner_optimizer, factors, option="block_lr_decay", has_schedule=has_schedule)
+        self.assembly.set_learning_rates_(self._inner_optimizer, has_schedule=has_schedule)
         if self.block_local.step_per_block and self.assembly.last > 0:
             check_steps_by_block(self._inner_optimizer)
         return optimizer
@@ -209,13 +204,16 @@ class BlockLocalTrainer(Trainer):
                 self.compute_loss_func, inputs["labels"], targets, num_items_in_batch, processes=processes
             ),
             heads_only=self.state.global_step < self.block_local.head_warmup_steps,
+            bootstrap=bootstrap_weight(self.state.global_step, self.state.max_steps, self.block_local),
         )
         with lesson as report:
             loss = super().training_step(self._forward, inputs, self._items_for_model(num_items_in_batch))
         report.losses.append(loss)
         report.check_finite(self.state.global_step + 1)
         self._finish_block(assembly.last, report)
-        self._meter.add(report.losses, completes_step=self.accelerator.sync_gradients)
+        self._meter.add(
+            report.losses, halves=report.halves, targets=report.targets, completes_step=self.accelerator.sync_gradients
+        )
         return loss
 
     def _global_step(self, inputs: dict[str, Any], num_items_in_batch: Any) -> Tensor:
@@ -312,7 +310,7 @@ class BlockLocalTrainer(Trainer):
         super()._save(output_dir, state_dict)
         if self.args.should_save:
             folder = output_dir if output_dir is not None else self.args.output_dir
-            self.block_local.save_pretrained(folder)
+            (self.block_local if self._assembly is None else self._assembly.config).save_pretrained(folder)
             if self._assembly is not None:
                 save_heads(folder, heads=self._assembly.heads, cut=self._assembly.cut)
 

@@ -94,7 +94,7 @@ def distance(trainer, before):
 def test_a_strong_anchor_holds_the_lower_blocks_and_leaves_the_last_alone(accumulation, tmp_path):
     moved, states = [], []
     for anchor in (0.0, 300.0):
-        config = BlockLocalConfig(num_blocks=4, anchor=anchor)
+        config = BlockLocalConfig(num_blocks=4, anchor=anchor, head_layers=0)
         settings = {"max_steps": 1, "max_grad_norm": 0, "gradient_accumulation_steps": accumulation}
         trainer = make("bert", tmp_path, config=config, **settings)
         before = snapshot(trainer)

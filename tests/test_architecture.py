@@ -11,6 +11,7 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "hf_blocklocal"
 FLOORS = [
     ["errors"],
+    ["combinations"],
     [
         "anatomy",
         "anchor",
@@ -28,14 +29,14 @@ FLOORS = [
         "partition",
         "targets",
     ],
-    ["families", "polish", "sampling", "scaling", "updates"],
+    ["bootstrap", "defaults", "families", "polish", "sampling", "scaling", "updates"],
     ["losses"],
     ["feedback"],
     ["blocks", "meters", "plots", "probe", "settings"],
     ["checkpoint", "trace"],
     ["shortcut"],
     ["step"],
-    ["costs", "evaluation"],
+    ["building", "costs", "evaluation"],
     ["assembly"],
     ["callbacks"],
     ["trainer"],

@@ -166,6 +166,7 @@ def test_the_cosine_is_that_of_gradients_taken_by_hand(tmp_path):
     assembly.module.eval()
     lesson = assembly.step.teach(
         targets := assembly.read_targets(batch),
+        inputs=batch,
         scale=1 / len(targets),
         backward=torch.Tensor.backward,
         learned=lambda block, report: None,

@@ -28,11 +28,13 @@ CONFIGS = {
         negatives=None,
         step_per_block=True,
         block_lr_decay=0.5,
+        feedback_learning_rate=0.01,
         overlap=1,
         global_every=10,
         polish=0.1,
         anchor=0.1,
         satisfied_at=0.9,
+        bootstrap_until=0.25,
         head_warmup_steps=3,
         evaluate_blocks=False,
     ),
@@ -109,8 +111,8 @@ REFUSALS = {
         "balance='memory' is not known. Choose one of ['layers', 'cost'].",
     ),
     "unknown feedback": (
-        {"feedback": "chained"},
-        "feedback='chained' is not known. Choose one of ['auto', 'direct', 'label', 'prototype'].",
+        {"feedback": "hyperspherical"},
+        "feedback='hyperspherical' is not known. Choose one of ['auto', 'direct', 'chained', 'label', 'prototype'].",
     ),
     "unknown loss": (
         {"loss": "mse"},
@@ -196,12 +198,12 @@ REFUSALS = {
         "head_lens must be true or false, got 1.",
     ),
     "copies of nothing": (
-        {"head_refresh_steps": 10},
+        {"head_layers": 0, "head_refresh_steps": 10},
         "head_refresh_steps=10, head_refresh_lag=0, head_refresh_decay=0.0 copies borrowed layers, and head_layers=0 "
         "borrows none. Set head_layers too.",
     ),
     "late copies of nothing": (
-        {"head_refresh_lag": 2},
+        {"head_layers": 0, "head_refresh_lag": 2},
         "head_refresh_steps=1, head_refresh_lag=2, head_refresh_decay=0.0 copies borrowed layers, and head_layers=0 "
         "borrows none. Set head_layers too.",
     ),
@@ -222,6 +224,16 @@ REFUSALS = {
         {"feedback": "prototype", "head_layers": 1},
         "head_layers=1 and feedback='prototype' exclude each other: a head that borrows layers predicts with the "
         "model's own task head. Use feedback='auto'.",
+    ),
+    "a chain where layers are borrowed": (
+        {"feedback": "chained", "head_layers": 1},
+        "head_layers=1 and feedback='chained' exclude each other: a head that borrows layers predicts with the "
+        "model's own task head. Use feedback='auto'.",
+    ),
+    "a chain without room for a message": (
+        {"feedback": "chained", "latent_dim": 1},
+        "latent_dim=1 and feedback='chained' exclude each other: a message of one unit is nothing but its scale, and "
+        "that is lost on the way down. Use a latent_dim of at least 2.",
     ),
     "prototypes of targets that are masked": (
         {"feedback": "prototype", "satisfied_at": 0.9},
@@ -244,6 +256,42 @@ REFUSALS = {
     "learning rates that grow downwards": (
         {"block_lr_decay": 1.5},
         "block_lr_decay must be a number above 0 and at most 1, got 1.5.",
+    ),
+    "feedback networks that stand still": (
+        {"feedback_learning_rate": 0},
+        "feedback_learning_rate must be a number above 0, or left out; got 0.",
+    ),
+    "posteriors of a target that is observed": (
+        {"bootstrap": 0.5, "feedback": "label"},
+        "bootstrap=0.5 and feedback='label' exclude each other: the message of a learned feedback network is carried "
+        "into what a block hands on through its linear readout, without gradient. Use feedback='direct', or leave "
+        "bootstrap out.",
+    ),
+    "posteriors through a hidden layer": (
+        {"bootstrap": 0.5, "readout": "mlp"},
+        "bootstrap=0.5 and readout='mlp' exclude each other: the message of a learned feedback network is carried "
+        "into what a block hands on through its linear readout, without gradient. Use readout='linear', or leave "
+        "bootstrap out.",
+    ),
+    "posteriors where layers are borrowed": (
+        {"bootstrap": 0.5, "head_layers": 1},
+        "bootstrap=0.5 and head_layers=1 exclude each other: the message of a learned feedback network is carried "
+        "into what a block hands on through its linear readout, without gradient. Use head_layers=0, or leave "
+        "bootstrap out.",
+    ),
+    "posteriors that carry gradient": (
+        {"bootstrap": 0.5, "overlap": 1},
+        "bootstrap=0.5 and overlap=1 exclude each other: the message of a learned feedback network is carried "
+        "into what a block hands on through its linear readout, without gradient. Use overlap=0, or leave "
+        "bootstrap out.",
+    ),
+    "more target than there is message": (
+        {"bootstrap": 1.5},
+        "bootstrap must be a share between 0 and 1, got 1.5.",
+    ),
+    "a leak that never ends": (
+        {"bootstrap_until": 1.0},
+        "bootstrap_until must be a share above 0 and below 1, so that it ends before the run; got 1.0.",
     ),
     "two numbers of blocks": (
         {"num_blocks": 2, "boundaries": (1, 2)},

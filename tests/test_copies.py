@@ -127,7 +127,7 @@ def test_a_head_sees_nothing_of_what_later_blocks_have_become(name, borrow):
             def look(block, hidden, _logits, step=step):
                 if block == 0:
                     with step.borrowing(0):
-                        seen.append(step.seen_by_head(0, hidden, batch))
+                        seen.append(step.seen_by_head(0, hidden, batch, None))
 
             with step.boundaries.attached(look):
                 model(**batch)

@@ -43,7 +43,7 @@ def test_a_lens_costs_three_products():
 def test_the_benchmark_counts_the_same(name, monkeypatch):
     monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "scripts" / "benchmarks"))
     share = importlib.import_module("feedback_share")
-    assembly, batch = assembled(name, num_blocks=3)
+    assembly, batch = assembled(name, num_blocks=3, head_layers=0)
     targets = assembly.read_targets(batch)
     whole, bare = (share.operations(assembly, batch, targets, with_heads=with_heads) for with_heads in (True, False))
     assembly.module.zero_grad()
@@ -52,12 +52,14 @@ def test_the_benchmark_counts_the_same(name, monkeypatch):
 
 @pytest.mark.parametrize("name", ["gpt2", "bert_mlm"])
 def test_what_is_done_once_per_step_does_not_count(name):
-    assembly, batch = assembled(name, num_blocks=4, negatives=None)
+    assembly, batch = assembled(name, num_blocks=4, head_layers=0, negatives=None)
     doubled = {key: torch.cat([value, value]) for key, value in batch.items()}
     assert operations_of(assembly, doubled) == [2 * count for count in operations_of(assembly, batch)]
 
 
-@pytest.mark.parametrize("values", [{}, {"head_layers": 2}, {"head_lens": True}, {"feedback": "label"}])
+@pytest.mark.parametrize(
+    "values", [{"head_layers": 0}, {"head_layers": 2}, {"head_lens": True}, {"feedback": "chained"}]
+)
 def test_counting_leaves_nothing_behind(values):
     assembly, _ = assembled("gpt2", num_blocks=4, **values)
     assert all(parameter.grad is None for parameter in assembly.module.parameters())
@@ -68,7 +70,7 @@ def test_counting_leaves_nothing_behind(values):
 
 def test_heavy_heads_are_named_once(caplog):
     with caplog.at_level(logging.WARNING, logger="hf_blocklocal"):
-        assembly, _ = assembled("bert", boundaries=(3,), latent_dim=1)
+        assembly, _ = assembled("bert", boundaries=(3,), head_layers=0, latent_dim=1)
         assert not caplog.records
         assert assembly.head_costs[0] < 0.01
         assert " <1% " in assembly.describe()

@@ -57,7 +57,7 @@ def head_for(task, *, smoothing=0.0, **options):
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         return build_head(
-            BlockLocalConfig(latent_dim=Z, **{"head_layers": 0, **options}),
+            BlockLocalConfig(**{"latent_dim": Z, "head_layers": 0, **options}),
             task,
             hidden_width=D,
             alignment="position" if task.per_position else "pooled",

@@ -12,7 +12,7 @@ from transformers.optimization import Adafactor
 from zoo import SPECIMENS
 
 from hf_blocklocal import BlockLocalConfig
-from hf_blocklocal.errors import UnsupportedSettingError
+from hf_blocklocal.errors import TargetError, UnsupportedSettingError
 from hf_blocklocal.groups import factors_by_block, scale_learning_rates_
 
 
@@ -157,3 +157,110 @@ def test_adafactor_with_a_rate_is_split():
     optimizer = Adafactor(groups_of(model), lr=0.1, relative_step=False)
     split(optimizer, factors_by_block(blocks_of(model), 0.5))
     assert rate_of(optimizer, model[0].weight)[0] == 0.025
+
+
+# ---- The feedback networks ----
+
+
+def feedback_of(trainer):
+    return {parameter for head in trainer.assembly.heads for parameter in head.feedback.parameters()}
+
+
+def rates_of(optimizer):
+    return {parameter: group["lr"] for group in optimizer.param_groups for parameter in group["params"]}
+
+
+def test_a_rate_of_its_own_replaces_the_factor_and_comes_last():
+    model = three_blocks()
+    optimizer = adamw(groups_of(model))
+    factors = factors_by_block(blocks_of(model), 0.5)
+    scale_learning_rates_(optimizer, factors, rates={model[0].weight: 7.0}, option="both", has_schedule=False)
+    assert rate_of(optimizer, model[0].weight) == (7.0, 0.3)
+    assert rate_of(optimizer, model[0].bias) == (0.025, 0.0)
+    assert [group["lr"] for group in optimizer.param_groups] == [0.1, 0.05, 7.0, 0.1, 0.05, 0.025]
+
+
+@pytest.mark.parametrize("rate", [2e-4, 0.5])
+@pytest.mark.parametrize("decay", [1.0, 0.5])
+def test_feedback_networks_have_the_rate_asked_for_and_the_schedule_of_the_run(rate, decay, tmp_path):
+    config = BlockLocalConfig(num_blocks=4, feedback_learning_rate=rate, block_lr_decay=decay)
+    trainer = make("bert", tmp_path, config=config, warmup_steps=2, max_steps=6, lr_scheduler_type="cosine")
+    seen = []
+
+    class Note(TrainerCallback):
+        def on_pre_optimizer_step(self, args, state, control, optimizer=None, **kwargs):
+            rates, feedback = rates_of(optimizer), feedback_of(trainer)
+            share = rates[trainer.model.classifier.weight] / args.learning_rate
+            assert [rates[parameter] for parameter in feedback] == pytest.approx([rate * share] * 3)
+            (readout,) = {rates[p] for p in trainer.assembly.heads[1].readout.parameters()}
+            assert readout == pytest.approx(decay**2 * args.learning_rate * share)
+            seen.append(share)
+
+    trainer.add_callback(Note())
+    trainer.train()
+    assert len(set(seen)) == 5
+    logged = [row["learning_rate"] for row in trainer.state.log_history if "loss" in row]
+    assert max(logged) == pytest.approx(trainer.args.learning_rate)
+
+
+@pytest.mark.parametrize("step_per_block", [False, True])
+def test_only_the_feedback_networks_move_otherwise(step_per_block, tmp_path):
+    moves = []
+    for rate in (None, 0.3):
+        config = BlockLocalConfig(
+            num_blocks=4, feedback_learning_rate=rate, step_per_block=step_per_block, head_layers=0
+        )
+        settings = {"optim": "sgd", "learning_rate": 0.1, "max_steps": 1, "max_grad_norm": 0}
+        trainer = make("bert", tmp_path, config=config, lr_scheduler_type="constant", **settings)
+        before = snapshot(trainer)
+        trainer.train()
+        moves.append({key: value - before[key] for key, value in snapshot(trainer).items()})
+    names = [key for key in moves[0] if ".feedback." in key]
+    assert len(names) == 3
+    for key in names:
+        assert moves[0][key].abs().max() > 0
+        torch.testing.assert_close(moves[1][key], 3 * moves[0][key], rtol=1e-3, atol=1e-6)
+    rest = [{key: move for key, move in found.items() if key not in names} for found in moves]
+    assert equal(*rest)
+
+
+@pytest.mark.parametrize("step_per_block", [False, True])
+def test_a_killed_run_with_a_rate_for_feedback_resumes_to_the_bit(step_per_block, tmp_path):
+    config = BlockLocalConfig(num_blocks=4, feedback_learning_rate=0.01, step_per_block=step_per_block)
+    whole, resumed = whole_and_resumed(tmp_path, killed_after=6, config=config, max_steps=9, save_steps=4)
+    assert equal(snapshot(whole), snapshot(resumed))
+    optimizers = [tmp_path / name / "checkpoint-9" / "optimizer.pt" for name in ("whole", "killed")]
+    assert optimizers[0].read_bytes() == optimizers[1].read_bytes()
+
+
+def test_the_rate_of_feedback_is_absolute_in_an_optimizer_of_ones_own(tmp_path):
+    model = SPECIMENS["bert"].build()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.2)
+    config = BlockLocalConfig(feedback_learning_rate=0.03)
+    trainer = make("bert", tmp_path, model=model, optimizers=(optimizer, None), config=config)
+    trainer.create_optimizer()
+    rates, feedback = rates_of(optimizer), feedback_of(trainer)
+    assert {rates[parameter] for parameter in feedback} == {0.03}
+    assert {rate for parameter, rate in rates.items() if parameter not in feedback} == {0.2}
+
+
+@pytest.mark.parametrize(
+    ("values", "option"),
+    [
+        ({"feedback_learning_rate": 0.1}, "feedback_learning_rate"),
+        ({"block_lr_decay": 0.5}, "block_lr_decay"),
+        ({"block_lr_decay": 0.5, "feedback_learning_rate": 0.1}, "block_lr_decay with feedback_learning_rate"),
+    ],
+)
+def test_an_optimizer_without_rates_is_refused_by_the_name_of_the_option(values, option, tmp_path):
+    trainer = make("bert", tmp_path, config=BlockLocalConfig(**values), optim="adafactor")
+    trainer.optimizer = adafactor_relative(groups_of(trainer.model))
+    with pytest.raises(UnsupportedSettingError, match=f"^{option} changes .* or leave {option} out"):
+        trainer.train()
+
+
+@pytest.mark.parametrize(("name", "feedback"), [("bert", "label"), ("bert_regression", "auto")])
+def test_a_rate_for_networks_that_learn_nothing_is_refused(name, feedback, tmp_path):
+    config = BlockLocalConfig(feedback=feedback, feedback_learning_rate=0.1)
+    with pytest.raises(TargetError, match=r"feedback_learning_rate=0.1 is for .* Leave it out, or use a feedback"):
+        make(name, tmp_path, config=config).train()

@@ -277,3 +277,10 @@ def test_another_grid_does_not_make_the_data_anew(scripts, tiny, tmp_path):
     assert one == two != three
     assert tiny.build_spec() == replace(tiny, rates=(1.0,), budget={}).build_spec()
     assert tiny.build_spec() != replace(tiny, width=16).build_spec()
+
+
+def test_rows_with_the_same_settings_share_their_runs(scripts, store, tiny):
+    pool, report = run_rows(scripts, store, tiny, some(scripts, "default", "head_layers=2"), seeds=(0,))
+    assert len(pool.labels) == 3  # with more than two blocks, two layers are the default
+    first, second = report["tasks"]["reversal"]["cases"]
+    assert first["runs"] == second["runs"]

@@ -31,7 +31,7 @@ def seen_by(assembly, model, batch):
     step = assembly.step
 
     def look(block, hidden, _router_logits):
-        hidden_seen.append((hidden, step.seen_by_head(block, hidden, batch)))
+        hidden_seen.append((hidden, step.seen_by_head(block, hidden, batch, None)))
 
     with torch.no_grad(), step.boundaries.attached(look):
         model(**batch)
@@ -60,7 +60,7 @@ def test_at_first_all_layers_above_give_the_gradient_of_backpropagation(name):
 
 def test_without_layers_the_final_norm_and_the_task_head_read_the_block(borrow):
     model, batch = borrow("gpt2").eval(), SPECIMENS["gpt2"].batch(0)
-    assembly = assemble(model, BlockLocalConfig(num_blocks=4, head_lens=True), batch)
+    assembly = assemble(model, BlockLocalConfig(num_blocks=4, head_layers=0, head_lens=True), batch)
     lenses = [disturb_(head.lens, block) for block, head in enumerate(assembly.heads)]
     for lens, (hidden, logits) in zip(lenses, seen_by(assembly, model, batch), strict=True):
         with torch.no_grad():
@@ -124,7 +124,7 @@ def test_in_a_warm_up_only_lenses_learn(name, boundaries, tmp_path):
 
 def test_in_a_warm_up_a_tied_embedding_learns_from_the_last_block_alone():
     model, batch = SPECIMENS["gpt2"].build(), SPECIMENS["gpt2"].batch(0)
-    assembly = assemble(model.train(), BlockLocalConfig(num_blocks=2, head_lens=True), batch)
+    assembly = assemble(model.train(), BlockLocalConfig(num_blocks=2, head_layers=0, head_lens=True), batch)
     lesson = assembly.step.teach(
         assembly.read_targets(batch),
         scale=1.0,
@@ -142,7 +142,7 @@ def test_in_a_warm_up_a_tied_embedding_learns_from_the_last_block_alone():
 
 
 def test_a_lens_is_saved_and_resumed_to_the_bit(tmp_path):
-    config = BlockLocalConfig(num_blocks=3, head_lens=True, step_per_block=True)
+    config = BlockLocalConfig(num_blocks=3, head_layers=0, head_lens=True, step_per_block=True)
     whole, resumed = whole_and_resumed(tmp_path, killed_after=6, config=config, max_steps=9, save_steps=4)
     assert equal(snapshot(whole), snapshot(resumed))
     assert resumed.assembly.heads[0].lens.linear.weight.abs().max() > 0
@@ -152,7 +152,7 @@ def test_a_lens_is_saved_and_resumed_to_the_bit(tmp_path):
 def test_copies_go_with_a_lens(tmp_path):
     states = []
     for every in (1, 0):
-        config = BlockLocalConfig(num_blocks=2, head_lens=True, head_refresh_steps=every)
+        config = BlockLocalConfig(num_blocks=2, head_layers=0, head_lens=True, head_refresh_steps=every)
         trainer = make("bert", tmp_path, config=config, learning_rate=1e-2)
         trainer.train()
         states.append(snapshot(trainer))
@@ -162,5 +162,5 @@ def test_copies_go_with_a_lens(tmp_path):
 def test_an_encoder_needs_a_decoder_layer_that_reads_it():
     model, batch = SPECIMENS["t5"].build(), SPECIMENS["t5"].batch(0)
     with pytest.raises(UnsupportedSettingError, match="ends in the encoder of T5ForConditionalGeneration"):
-        assemble(model, BlockLocalConfig(num_blocks=2, head_lens=True), batch)
-    assemble(model, BlockLocalConfig(boundaries=(3,), head_lens=True), batch)
+        assemble(model, BlockLocalConfig(num_blocks=2, head_layers=0, head_lens=True), batch)
+    assemble(model, BlockLocalConfig(boundaries=(3,), head_layers=0, head_lens=True), batch)

@@ -107,9 +107,11 @@ def test_contrast_drives_constant_messages_apart_and_beats_guessing(family):
     assert loss_N.mean() < 0.5 * math.log(C)
 
 
-def test_contrast_refuses_to_work_without_messages_of_the_classes():
-    with pytest.raises(AssertionError, match="a message for every candidate"):
-        contrast_of(normal(N, Z), None)
+def test_without_messages_the_logits_are_there_already():
+    logits_NC = normal(N, C)
+    loss_N, same_NC = contrast_of(logits_NC, None)
+    assert torch.equal(same_NC, logits_NC)
+    torch.testing.assert_close(loss_N, F.cross_entropy(logits_NC, CLASSES_N, reduction="none"))
 
 
 # ---- Agreement ----

@@ -57,9 +57,9 @@ def test_the_others_teach_as_before(name, head_layers):
         head = assembly.heads[0]
         plain = type(head).forward
 
-        def forward(hidden, targets):
+        def forward(hidden, targets, heard=None):
             seen["p"] = (-head.loss(head.messages(hidden, targets))).exp().detach()
-            loss_N = plain(head, hidden, targets)
+            loss_N = plain(head, hidden, targets, heard)
             return loss_N if keep is None else loss_N * keep
 
         head.forward = forward

@@ -78,3 +78,20 @@ def test_nothing_is_said_of_skipping_where_nothing_was_skipped(skipped):
     for _ in range(skipped):
         meter.skip(completes_step=True)
     assert ("skipped_batches" in pop(meter)) == bool(skipped)
+
+
+def test_halves_are_means_over_targets_and_do_not_mix_with_steps():
+    meter = BlockLossMeter()
+    first, second = torch.tensor([6.0, 2.0]), torch.tensor([4.0, 8.0])
+    meter.add(losses(1.0, 2.0), halves=[first], targets=3, completes_step=False)
+    meter.add(losses(1.0, 2.0), halves=[second], targets=7, completes_step=True)
+    assert pop(meter) == {"block_0/loss": 2.0, "block_1/loss": 4.0, "block_0/kl": 1.0, "block_0/nll": 1.0}
+    assert pop(meter) == {"block_0/loss": 0.0, "block_1/loss": 0.0}
+
+
+def test_each_block_has_its_own_halves():
+    meter = BlockLossMeter()
+    halves = [torch.tensor([1.0, 2.0]), torch.tensor([3.0, 4.0])]
+    meter.add(losses(0.0, 0.0, 0.0), halves=halves, targets=1, completes_step=True)
+    found = pop(meter, 3)
+    assert [found[f"block_{block}/{half}"] for block in (0, 1) for half in ("kl", "nll")] == [1.0, 2.0, 3.0, 4.0]

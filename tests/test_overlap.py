@@ -22,7 +22,8 @@ EXACT = ["bert", "bert_mlm", "bert_regression", "distilbert", "roberta", "gpt2",
 def assembled(name, overlap, *, num_blocks=4, model=None, **values):
     model = SPECIMENS[name].build() if model is None else model
     batch = SPECIMENS[name].batch(0)
-    config = BlockLocalConfig(num_blocks=num_blocks, overlap=overlap, negatives=None, **values)
+    options = {"num_blocks": num_blocks, "overlap": overlap, "negatives": None, "head_layers": 0} | values
+    config = BlockLocalConfig(**options)
     assembly = assemble(model, config, batch)
     model.train()
     return assembly, model, batch

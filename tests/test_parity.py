@@ -205,4 +205,4 @@ def test_a_trained_model_is_an_ordinary_checkpoint(tmp_path):
     batch = specimen.batch(0)
     assert torch.equal(loaded.eval()(**batch).logits, trainer.model(**batch).logits)
     assert AutoConfig.from_pretrained(tmp_path).model_type == "bert"
-    assert BlockLocalConfig.from_pretrained(tmp_path) == trainer.block_local
+    assert BlockLocalConfig.from_pretrained(tmp_path) == trainer.assembly.config

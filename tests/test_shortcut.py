@@ -9,13 +9,15 @@ import torch
 from test_parity import examples
 from test_trainer import accuracy, hooks_left, make, snapshot
 from transformers import AutoModelForSeq2SeqLM
-from zoo import BART, SPECIMENS, Specimen, build_tiny, translation_batch
+from zoo import BART, SPECIMENS, VOCABULARY, Specimen, build_tiny, translation_batch
 
 from hf_blocklocal import BlockLocalConfig, assemble
-from hf_blocklocal.blocks import Cut
-from hf_blocklocal.errors import ConfigError, UnsupportedSettingError
+from hf_blocklocal.blocks import Cut, Trail, first_tensor
+from hf_blocklocal.defaults import settled
+from hf_blocklocal.errors import ConfigError, InputsNeededError, UnsupportedSettingError
 from hf_blocklocal.partition import Span
 from hf_blocklocal.shortcut import borrowed_layers
+from hf_blocklocal.trace import evaluation_mode
 
 
 TWO_STACKS = ["t5", "bart", "whisper"]
@@ -158,7 +160,11 @@ def test_left_out_layers_hand_on_the_position_bias(boundary, left_out, borrow):
     seen = []
     with torch.no_grad():
         step, expected = assembly.step, reference(**batch).logits
-        with step.boundaries.attached(lambda block, hidden, _: seen.append(step.seen_by_head(block, hidden, batch))):
+
+        def look(block, hidden, _router_logits):
+            seen.append(step.seen_by_head(block, hidden, batch, None))
+
+        with step.boundaries.attached(look):
             model(**batch)
     torch.testing.assert_close(seen[0], expected)
     assert not torch.allclose(expected, borrow("t5").eval()(**batch).logits)
@@ -220,3 +226,100 @@ def test_forwards_and_gradients_are_given_back_after_an_error():
     assert all(p.requires_grad for p in model.parameters())
     assert not any("forward" in vars(layer) for layer in model.modules())
     assert not hooks_left(model)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama", "gemma3", "bert_mlm"])
+def test_a_borrowed_head_is_asked_for_candidates_alone_and_answers_as_if_for_all(name):
+    model, batch = SPECIMENS[name].build(), SPECIMENS[name].batch(0)
+    config = BlockLocalConfig(num_blocks=2, head_layers=2, negatives=7)
+    assembly = assemble(model, config, batch)
+    shortcut, head = assembly.step.shortcut, assembly.heads[0]
+    targets = assembly.read_targets(batch)
+    ids_C = targets.candidates.ids_C
+    everything = assembly.read_targets(batch, whole_vocabulary=True)
+    with evaluation_mode(model), torch.no_grad():
+        hidden = hidden_after(model, assembly.cut.layers[assembly.cut.spans[0].last], batch)
+        some, all_of_them = (shortcut.logits(0, hidden, batch, Trail(), chosen) for chosen in (ids_C, None))
+        torch.testing.assert_close(some, all_of_them[..., ids_C])
+        # Importance weights by hand: a negative stands for its share of the tokens that are no target.
+        distinct = everything.values.unique()
+        logits_NV = all_of_them.flatten(0, 1)[everything.positions_N]
+        negatives = ids_C[len(distinct) :]
+        share = (logits_NV.shape[1] - len(distinct)) / 7
+        partition_N = logits_NV[:, distinct].exp().sum(1) + share * logits_NV[:, negatives].exp().sum(1)
+        expected_N = partition_N.log() - logits_NV.gather(1, everything.values[:, None])[:, 0]
+        torch.testing.assert_close(head(some, targets), expected_N)
+
+
+def test_a_model_that_adds_to_all_of_its_logits_is_asked_for_all_of_them():
+    model, batch = SPECIMENS["gpt2"].build(), SPECIMENS["gpt2"].batch(0)
+    bias_V = torch.linspace(-1, 1, VOCABULARY)
+
+    def add(module, args, output):
+        output.logits = output.logits + bias_V
+        return output
+
+    model.register_forward_hook(add)
+    assembly = assemble(model, BlockLocalConfig(num_blocks=2, head_layers=1, negatives=3), batch)
+    assert assembly.read_targets(batch).candidates.ids_C is None
+
+
+def test_autocast_is_left_behind_with_the_forward_pass_of_a_head(tmp_path):
+    trainer = make("llama", tmp_path, bf16=True, eval_dataset=examples(SPECIMENS["llama"])[:5])
+    losses = []
+    for _ in range(2):  # the second run puts the forward into autocast once more
+        trainer.train()
+        assert not torch.is_autocast_enabled("cpu")
+        losses.append(trainer.evaluate()["eval_block_0_loss"])
+        assert not torch.is_autocast_enabled("cpu")
+    exact = make("llama", tmp_path, eval_dataset=examples(SPECIMENS["llama"])[:5])
+    exact.train()
+    assert losses[0] == pytest.approx(exact.evaluate()["eval_block_0_loss"], rel=0.05)
+
+
+def test_heads_that_borrow_ask_for_the_inputs():
+    model, batch = SPECIMENS["bert"].build(), SPECIMENS["bert"].batch(0)
+    assembly = assemble(model, BlockLocalConfig(num_blocks=2), batch)
+    teach = assembly.step.teach(
+        assembly.read_targets(batch), scale=1.0, backward=torch.Tensor.backward, learned=lambda *_: None
+    )
+    with pytest.raises(InputsNeededError, match=r"teach\(\.\.\., inputs=batch\)"), teach:
+        model(**batch)
+
+
+def hidden_after(model, path, batch):
+    kept = []
+    handle = model.get_submodule(path).register_forward_hook(lambda _m, _a, output: kept.append(first_tensor(output)))
+    model(**batch)
+    handle.remove()
+    return kept[0]
+
+
+@pytest.mark.parametrize(
+    ("options", "lends", "expected"),
+    [
+        ({}, True, 1),
+        ({"num_blocks": 3}, True, 2),
+        ({"num_blocks": 6}, True, 2),
+        ({}, False, 0),
+        ({"head_layers": 0}, True, 0),
+        ({"head_layers": 5}, True, 5),
+        ({"feedback": "label"}, True, 0),
+        ({"family": "vmf"}, True, 0),
+        ({"readout": "mlp"}, True, 0),
+        ({"latent_dim": 64}, True, 0),
+        ({"pooling": "first"}, True, 0),
+        ({"sim": 0.5}, True, 0),
+        ({"negatives": None}, True, 1),
+    ],
+)
+def test_heads_borrow_by_themselves_unless_another_kind_is_asked_for(options, lends, expected):
+    assert settled(BlockLocalConfig(**options), lends=lends).head_layers == expected
+
+
+def test_a_checkpoint_says_how_many_layers_were_borrowed(tmp_path):
+    trainer = make("bert", tmp_path)
+    trainer.train()
+    trainer.save_model()
+    assert trainer.block_local.head_layers is None
+    assert BlockLocalConfig.from_pretrained(tmp_path).head_layers == 1

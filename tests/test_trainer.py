@@ -87,7 +87,8 @@ def test_logs_carry_the_loss_of_every_block_and_the_last_one_is_the_loss(tmp_pat
 
 def test_evaluation_reports_what_each_head_would_have_predicted(tmp_path):
     rows = examples(SPECIMENS["bert"])
-    trainer = make("bert", tmp_path, blocks=4, eval_dataset=rows[:11], compute_metrics=accuracy)
+    config = BlockLocalConfig(num_blocks=4, head_layers=0)
+    trainer = make("bert", tmp_path, config=config, eval_dataset=rows[:11], compute_metrics=accuracy)
     trainer.train()
     metrics = trainer.evaluate()
     assert {f"eval_block_{block}_{what}" for block in range(3) for what in ("loss", "accuracy")} <= metrics.keys()
@@ -212,7 +213,7 @@ def test_stepping_at_once_is_the_same_for_an_optimizer_that_counts_in_its_groups
     ],
 )
 def test_every_optimizer_moves_every_block_and_every_head(optim, step_per_block, tmp_path):
-    config = BlockLocalConfig(num_blocks=4, step_per_block=step_per_block)
+    config = BlockLocalConfig(num_blocks=4, step_per_block=step_per_block, head_layers=0)
     trainer = make("bert", tmp_path, optim=optim, max_steps=2, config=config, lr_scheduler_type="constant")
     if step_per_block and optim.startswith("schedule_free"):
         with pytest.raises(UnsupportedSettingError, match="keeps some for all of them"):
@@ -279,7 +280,8 @@ def test_blocks_learn_in_bf16(name, tmp_path):
 
 
 def test_a_model_in_bf16_weights_learns(tmp_path):
-    trainer = make("llama", tmp_path, model=SPECIMENS["llama"].build().to(torch.bfloat16), learning_rate=1e-2)
+    model, config = SPECIMENS["llama"].build().to(torch.bfloat16), BlockLocalConfig(head_layers=0)
+    trainer = make("llama", tmp_path, model=model, learning_rate=1e-2, config=config)
     before = snapshot(trainer)
     trainer.train()
     after = snapshot(trainer)
@@ -335,7 +337,8 @@ def test_a_custom_loss_teaches_every_block(accumulation, tmp_path):
 
 def test_an_optimizer_of_ones_own_learns_the_heads_too(tmp_path):
     model = SPECIMENS["bert"].build()
-    trainer = make("bert", tmp_path, model=model, optimizers=(torch.optim.SGD(model.parameters(), lr=0.1), None))
+    optimizer, config = torch.optim.SGD(model.parameters(), lr=0.1), BlockLocalConfig(head_layers=0)
+    trainer = make("bert", tmp_path, model=model, optimizers=(optimizer, None), config=config)
     before = snapshot(trainer)
     trainer.train()
     assert not torch.equal(before["heads.0.feedback.table.weight"], snapshot(trainer)["heads.0.feedback.table.weight"])
@@ -346,7 +349,13 @@ def test_an_optimizer_and_scheduler_of_ones_own_are_refused(tmp_path):
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
     with pytest.raises(UnsupportedSettingError, match="lr_scheduler_type"):
-        make("bert", tmp_path, model=model, optimizers=(optimizer, scheduler)).train()
+        make(
+            "bert",
+            tmp_path,
+            model=model,
+            optimizers=(optimizer, scheduler),
+            config=BlockLocalConfig(head_layers=0),
+        ).train()
 
 
 def test_a_model_made_by_model_init_is_cut_anew_in_every_run(tmp_path):
@@ -495,9 +504,8 @@ def test_a_loss_that_is_not_a_number_is_named_and_touches_no_weight(block, step_
                 self.before = snapshot(trainer)
 
     poison = Poison()
-    trainer = make(
-        "bert", tmp_path, config=BlockLocalConfig(num_blocks=4, step_per_block=step_per_block), callbacks=[poison]
-    )
+    config = BlockLocalConfig(num_blocks=4, step_per_block=step_per_block, head_layers=0)
+    trainer = make("bert", tmp_path, config=config, callbacks=[poison])
     with pytest.raises(NonFiniteLossError, match=f"block {block} is nan at step 2"):
         trainer.train()
     after = snapshot(trainer)
@@ -596,17 +604,20 @@ def test_a_last_block_without_trainable_parameters_is_refused(tmp_path):
         make("llama", tmp_path, model=model).train()
 
 
+@pytest.mark.parametrize("head_layers", [0, 1])
 @pytest.mark.parametrize("step_per_block", [False, True])
-def test_frozen_lower_blocks_stay_as_they_are(step_per_block, tmp_path):
+def test_frozen_lower_blocks_stay_as_they_are(step_per_block, head_layers, tmp_path):
     model = SPECIMENS["bert"].build()
     model.bert.embeddings.requires_grad_(False)
     model.bert.encoder.layer[:2].requires_grad_(False)
-    trainer = make("bert", tmp_path, model=model, config=BlockLocalConfig(num_blocks=2, step_per_block=step_per_block))
+    config = BlockLocalConfig(num_blocks=2, step_per_block=step_per_block, head_layers=head_layers)
+    trainer = make("bert", tmp_path, model=model, config=config)
     before = snapshot(trainer)
     trainer.train()
     after = snapshot(trainer)
     assert all(torch.equal(before[key], after[key]) for key in before if ".layer.0." in key or ".layer.1." in key)
-    assert not torch.equal(before["heads.0.readout.linear.weight"], after["heads.0.readout.linear.weight"])
+    if head_layers == 0:
+        assert not torch.equal(before["heads.0.readout.linear.weight"], after["heads.0.readout.linear.weight"])
     assert not torch.equal(before["model.classifier.weight"], after["model.classifier.weight"])
 
 
@@ -666,13 +677,14 @@ def test_a_model_can_be_saved_without_data(tmp_path):
     assert (tmp_path / "block_local_config.json").is_file()
 
 
-def test_heads_of_a_saved_run_can_be_evaluated_again(tmp_path):
-    rows = examples(SPECIMENS["bert"])
-    trained = make("bert", tmp_path, eval_dataset=rows[:8], max_steps=5, learning_rate=1e-2)
+@pytest.mark.parametrize("head_layers", [0, 1])
+def test_heads_of_a_saved_run_can_be_evaluated_again(head_layers, tmp_path):
+    rows, config = examples(SPECIMENS["bert"]), BlockLocalConfig(head_layers=head_layers)
+    trained = make("bert", tmp_path, eval_dataset=rows[:8], max_steps=5, learning_rate=1e-2, config=config)
     trained.train()
     trained.save_model()
     saved = type(trained.model).from_pretrained(tmp_path)
-    again = make("bert", tmp_path / "again", model=saved, eval_dataset=rows[:8])
+    again = make("bert", tmp_path / "again", model=saved, eval_dataset=rows[:8], config=config)
     again.load_heads(tmp_path)
     assert again.evaluate()["eval_block_0_loss"] == pytest.approx(trained.evaluate()["eval_block_0_loss"], rel=1e-6)
 
@@ -680,7 +692,8 @@ def test_heads_of_a_saved_run_can_be_evaluated_again(tmp_path):
 @pytest.mark.parametrize("step_per_block", [False, True])
 def test_a_gradient_that_is_not_finite_is_named(step_per_block, tmp_path):
     """As when another process sends its own in: the loss here is finite."""
-    trainer = make("bert", tmp_path, config=BlockLocalConfig(num_blocks=2, step_per_block=step_per_block))
+    config = BlockLocalConfig(num_blocks=2, step_per_block=step_per_block, head_layers=0)
+    trainer = make("bert", tmp_path, config=config)
     weight = trainer.assembly.heads[0].readout.linear.weight
     weight.register_hook(lambda gradient: gradient * float("nan"))
     before = snapshot(trainer)

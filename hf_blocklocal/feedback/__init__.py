@@ -8,6 +8,7 @@ from hf_blocklocal.config import BlockLocalConfig
 from hf_blocklocal.errors import TargetError
 from hf_blocklocal.families import get_family
 from hf_blocklocal.feedback.base import FeedbackNetwork
+from hf_blocklocal.feedback.chained import ChainedFeedback
 from hf_blocklocal.feedback.direct import DirectFeedback
 from hf_blocklocal.feedback.head import FeedbackHead
 from hf_blocklocal.feedback.label import LabelFeedback
@@ -19,6 +20,7 @@ from hf_blocklocal.targets import Alignment, Task
 
 
 FEEDBACK: dict[str, type[FeedbackNetwork]] = {
+    "chained": ChainedFeedback,
     "direct": DirectFeedback,
     "label": LabelFeedback,
     "prototype": PrototypeFeedback,
@@ -40,6 +42,7 @@ def build_head(
     alignment: Alignment,
     embedding_width: int | None = None,
     label_smoothing: float = 0.0,
+    above: FeedbackNetwork | None = None,
 ) -> FeedbackHead:
     """Build the head of one block.
 
@@ -51,10 +54,12 @@ def build_head(
         alignment: What the readout looks at.
         embedding_width: Width of the model's target embedding, for a vocabulary.
         label_smoothing: As in `TrainingArguments.label_smoothing_factor`.
+        above: The feedback network of the next block that has one, which a chained network listens to.
 
     Raises:
-        TargetError: If the chosen feedback or family cannot carry targets of this task, or gives no probability or no
-            similarity where `satisfied_at` or `sim` asks for one.
+        TargetError: If the chosen feedback or family cannot carry targets of this task, or gives no probability, no
+            similarity or nothing to learn where `satisfied_at`, `sim`, `bootstrap` or `feedback_learning_rate` asks
+            for it.
     """
     borrows = config.borrows
     feedback_name = config.feedback
@@ -80,18 +85,17 @@ def build_head(
             f"family={family!r} does not describe {task.target!r} targets, and with feedback={feedback_name!r} the "
             f"latent is the target. Use family='auto' or {natural!r}."
         )
-    if config.satisfied_at is not None and task.target == "regression":
-        raise TargetError(
-            f"satisfied_at={config.satisfied_at} is a probability, and the heads of regression targets give none. "
-            "Leave it out."
+    if network is ChainedFeedback and above is not None:
+        feedback: FeedbackNetwork = ChainedFeedback(task, latent_dim=config.latent_dim, above=above)
+    else:
+        network = DirectFeedback if network is ChainedFeedback else network  # a chain starts at the target itself
+        feedback = network(
+            task, latent_dim=config.latent_dim, embedding_width=embedding_width, hidden_width=hidden_width
         )
-    if config.sim > 0 and (task.target == "regression" or task.size == 1):
-        raise TargetError(
-            f"sim={config.sim} compares one-hot targets with each other, which {task.target!r} targets of size "
-            f"{task.size} are not. Leave it out, or use the preset 'pred'."
-        )
-    feedback = network(task, latent_dim=config.latent_dim, embedding_width=embedding_width, hidden_width=hidden_width)
-    loss = LOSSES[feedback.loss](get_family(family), label_smoothing=label_smoothing)
+    _check_options(config, task, feedback)
+    # A borrowed language-model head is asked for the candidates alone.
+    loss_name = "contrast" if borrows and task.target == "vocabulary" else feedback.loss
+    loss = LOSSES[loss_name](get_family(family), label_smoothing=label_smoothing)
     readout = nn.Identity() if borrows else READOUTS[config.readout](hidden_width, feedback.units)
     return FeedbackHead(
         readout,
@@ -107,9 +111,35 @@ def build_head(
     )
 
 
+def _check_options(config: BlockLocalConfig, task: Task, feedback: FeedbackNetwork) -> None:
+    """Refuse options of a head that its targets, or the network that carries them, have nothing to give for."""
+    if config.satisfied_at is not None and task.target == "regression":
+        raise TargetError(
+            f"satisfied_at={config.satisfied_at} is a probability, and the heads of regression targets give none. "
+            "Leave it out."
+        )
+    if config.sim > 0 and (task.target == "regression" or task.size == 1):
+        raise TargetError(
+            f"sim={config.sim} compares one-hot targets with each other, which {task.target!r} targets of size "
+            f"{task.size} are not. Leave it out, or use the preset 'pred'."
+        )
+    if config.bootstrap > 0 and feedback.observed:
+        raise TargetError(
+            f"bootstrap={config.bootstrap} mixes in what a learned feedback network says, and {task.target!r} targets "
+            f"are given as they are ({type(feedback).__name__}). Leave it out."
+        )
+    if config.feedback_learning_rate is not None and not list(feedback.parameters()):
+        raise TargetError(
+            f"feedback_learning_rate={config.feedback_learning_rate} is for feedback networks that learn, and "
+            f"{type(feedback).__name__} (feedback={config.feedback!r}, {task.target!r} targets) has no parameters. "
+            "Leave it out, or use a feedback network that has some."
+        )
+
+
 __all__ = [
     "FEEDBACK",
     "READOUTS",
+    "ChainedFeedback",
     "DirectFeedback",
     "FeedbackHead",
     "FeedbackNetwork",

@@ -4,6 +4,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+import torch
 from torch import Tensor, nn
 
 from hf_blocklocal.feedback.base import FeedbackNetwork
@@ -74,23 +77,32 @@ class FeedbackHead(nn.Module):
             rows_ND = rows_RD if index_N is None else rows_RD[index_N]
         return Messages(forward if index_N is None else forward[index_N], self.feedback(targets), targets, rows_ND)
 
-    def forward(self, hidden: Tensor, targets: Targets) -> Tensor:
+    def forward(self, hidden: Tensor, targets: Targets, heard: Callable[[Messages], None] | None = None) -> Tensor:
         """Return the loss of each target, (N,), in nats; 0 without gradient where the target is satisfied.
 
         Similarities are of the batch as a whole: each target has an equal share in them, such that the sum over
         targets, divided by the number of elements as the caller does, is the term itself.
+
+        Args:
+            hidden: Output of the block, (B, S, D).
+            targets: Targets of the batch.
+            heard: Called with the messages, so that nobody who wants them computes them a second time.
         """
         if self.similarity is None:
-            return self._loss_N(hidden, targets)
+            return self._loss_N(hidden, targets, heard)
         rows_RD, index_N = targets.rows(hidden, self.alignment, self.pooling)
         term = self.similarity(rows_RD if index_N is None else rows_RD[index_N], targets)
         share = self.sim * term * targets.values.shape[1:].numel()
         if self.sim == 1:
-            return self._loss_N(hidden.detach(), targets) + share
-        return (1 - self.sim) * self._loss_N(hidden, targets) + share
+            return self._loss_N(hidden.detach(), targets, heard) + share
+        return (1 - self.sim) * self._loss_N(hidden, targets, heard) + share
 
-    def _loss_N(self, hidden: Tensor, targets: Targets) -> Tensor:  # noqa: N802
+    def _loss_N(  # noqa: N802
+        self, hidden: Tensor, targets: Targets, heard: Callable[[Messages], None] | None
+    ) -> Tensor:
         messages = self.messages(hidden, targets)
+        if heard is not None:
+            heard(messages)
         if self.satisfied_at is None:
             return self.loss(messages)
         logits_NC = self.loss.logits(messages)
@@ -98,9 +110,34 @@ class FeedbackHead(nn.Module):
             satisfied(logits_NC, targets, self.satisfied_at), 0.0
         )
 
-    def logits(self, hidden: Tensor, targets: Targets) -> Tensor:
-        """Return what the block would predict for each target, (N, C)."""
-        return self.loss.logits(self.messages(hidden, targets))
+    @torch.no_grad()
+    def bootstrapped(self, hidden: Tensor, messages: Messages, weight: float) -> Tensor:
+        """Move a hidden state to where the readout says the posterior in place of the forward message.
+
+        That is `alpha beta^weight`, beta being the message of the target. The head needs a learned feedback network
+        and a linear readout.
+
+        Args:
+            hidden: Output of the block, (B, S, D).
+            messages: What the head has made of it.
+            weight: Weight of the backward message, lambda.
+
+        Returns:
+            What is handed on in place of the hidden state, without gradient.
+        """
+        targets = messages.targets
+        rows_RD, index_N = targets.rows(hidden, self.alignment, self.pooling)
+        a_NZ, b_NZ = messages.forward_NZ, messages.backward_CZ[targets.values]
+        change_NZ = self.loss.family.posterior(a_NZ, b_NZ, weight) - a_NZ
+        change_ND = self.readout.carry_back(rows_RD if index_N is None else rows_RD[index_N], change_NZ)
+        return targets.moved(hidden, change_ND, self.alignment)
+
+    def logits(self, hidden: Tensor, targets: Targets, heard: Callable[[Messages], None] | None = None) -> Tensor:
+        """Return what the block would predict for each target, (N, C); `heard` as in `forward`."""
+        messages = self.messages(hidden, targets)
+        if heard is not None:
+            heard(messages)
+        return self.loss.logits(messages)
 
     def extra_repr(self) -> str:
         """Name what the readout looks at."""

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -24,6 +25,25 @@ class LinearReadout(nn.Module):
     def forward(self, rows_RD: Tensor) -> Tensor:
         """Return natural parameters, (R, Z)."""
         return self.linear(self.norm(rows_RD.to(self.norm.weight.dtype)))
+
+    @torch.no_grad()
+    def carry_back(self, rows_RD: Tensor, change_RZ: Tensor) -> Tensor:
+        """Return the smallest change of rows that changes what is read by a given amount, (R, D).
+
+        Smallest in the space of normalised rows, where the layer norm is taken to shift and scale each row as it does
+        now; what it does to the changed row may differ. Of what no row can say, the nearest that one can.
+
+        Args:
+            rows_RD: Rows as they are.
+            change_RZ: Wanted change of the natural parameters.
+        """
+        with torch.autocast(rows_RD.device.type, enabled=False):
+            map_ZD = self.linear.weight.float() * self.norm.weight.float()
+            map_ZD = map_ZD - map_ZD.mean(1, keepdim=True)  # a layer norm is blind to a shift of all units
+            # The pseudo-inverse by way of the small Gram matrix: the latent is narrower than the block.
+            change_RD = change_RZ.float() @ torch.linalg.pinv(map_ZD @ map_ZD.T, hermitian=True) @ map_ZD
+            variance_R1 = rows_RD.float().var(1, unbiased=False, keepdim=True)
+            return change_RD * (variance_R1 + self.norm.eps).sqrt()
 
 
 class MLPReadout(LinearReadout):

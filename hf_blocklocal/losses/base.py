@@ -53,6 +53,14 @@ class LocalLoss(nn.Module, ABC):
         """Return the loss of each target, (N,), in nats."""
         return self.of_logits(self.logits(messages), messages.targets)
 
+    def halves(self, messages: Messages) -> Tensor | None:
+        """Return `KL(rho || alpha)` and `E_rho[-log beta]`, each summed over targets, (2,), without gradient.
+
+        None where no backward message is learned: of a target that is observed, rho is the point mass there, so the
+        halves are the loss itself and 0.
+        """
+        return None
+
     @abstractmethod
     def logits(self, messages: Messages) -> Tensor:
         """Return what the block would predict, (N, C): in the form of the model's own logits."""

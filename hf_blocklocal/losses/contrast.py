@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from hf_blocklocal.losses.base import LocalLoss, Messages
@@ -19,9 +20,25 @@ class Contrast(LocalLoss):
     citation = "Kappel et al. (2023), Block-local learning with probabilistic latent representations, arXiv 2305.14974"
 
     def logits(self, messages: Messages) -> Tensor:
-        """Return the log overlap with every candidate's message, (N, C), up to a term per row."""
-        assert messages.backward_CZ is not None, "contrast needs a message for every candidate"
+        """Return the log overlap with every candidate's message, (N, C), up to a term per row.
+
+        A head that borrows the model's own language-model head has them already: its rows are the messages.
+        """
+        if messages.backward_CZ is None:
+            return messages.forward_NZ.float()
         return self.family.overlap(messages.forward_NZ, messages.backward_CZ).float()
+
+    @torch.no_grad()
+    def halves(self, messages: Messages) -> Tensor | None:
+        """Return the halves of the bound, `-log Z(a, b(y))` in full, (2,): of the target's own message alone.
+
+        None where the logits were there already, and no message is known by itself.
+        """
+        if messages.backward_CZ is None:
+            return None
+        with torch.autocast(messages.forward_NZ.device.type, enabled=False):
+            halves = self.family.halves(messages.forward_NZ, messages.backward_CZ[messages.targets.values])
+        return torch.stack([half_N.sum() for half_N in halves])
 
     def of_logits(self, logits_NC: Tensor, targets: Targets) -> Tensor:
         """Return the loss of each target, (N,)."""

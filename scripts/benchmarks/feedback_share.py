@@ -1,6 +1,6 @@
 """Count what feedback costs: the heads' share of the parameters and of a training step's operations.
 
-Takes models of real size with random weights and the default heads, cuts them into blocks, and counts the
+Takes models of real size with random weights and heads of their own, cuts them into blocks, and counts the
 floating-point operations of one step, forward and backward, with the heads and without them. Only shapes are computed,
 so no accelerator and little time is needed. Matrix products and convolutions count, as `FlopCounterMode` has it;
 element-wise operations do not. The target is at most 5 % of each at K = 3.
@@ -76,7 +76,7 @@ def count(case: Case, **config: Any) -> dict[str, Any]:
     # Eager attention, because the counter does not know every fused kernel.
     model_config = transformers.AutoConfig.for_model(case.model_type, attn_implementation="eager", **case.options)
     model = getattr(transformers, case.auto_class).from_config(model_config)
-    assembly = assemble(model, BlockLocalConfig(**config), make_batch(case, model, batch=2, sequence=8))
+    assembly = assemble(model, BlockLocalConfig(head_layers=0, **config), make_batch(case, model, batch=2, sequence=8))
     inputs = make_batch(case, model, batch=case.batch, sequence=case.sequence)
     targets = without_storage(assembly.read_targets(inputs))
     in_heads = sum(parameter.numel() for parameter in assembly.heads.parameters())

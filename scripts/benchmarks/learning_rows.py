@@ -51,11 +51,13 @@ class Row:
         Raises:
             ConfigError: If this version of the package does not know the preset or a field.
         """
+        from hf_blocklocal.defaults import settled
+
         settings: dict[str, Any] = {"method": self.method, "num_blocks": num_blocks}
         if self.method == "lora":
             settings["lora"] = LORA
         if self.method == "local":
-            settings["block_local"] = self._config(num_blocks).to_dict()
+            settings["block_local"] = settled(self._config(num_blocks), lends=True).to_dict()
         if self.method == "reference":
             settings["reference"] = self.name
         return settings
@@ -80,9 +82,9 @@ PUBLISHED = [
 ]
 CANDIDATES = [
     Row("default", "local"),
+    Row("head_layers=0", "local", {"head_layers": 0}),
     Row("head_layers=1", "local", {"head_layers": 1}),
     Row("head_layers=2", "local", {"head_layers": 2}),
-    Row("2 layers, smaller steps below", "local", {"head_layers": 2, "block_lr_decay": 0.3}),
-    Row("2 layers, polished", "local", {"head_layers": 2, "polish": 0.2}),
+    Row("default, polished", "local", {"polish": 0.2}),
 ]
 ROWS = {row.name: row for row in [*BASELINES, *PUBLISHED, *CANDIDATES]}

@@ -41,9 +41,14 @@ class Run:
     @property
     def label(self) -> str:
         """What a person calls the run."""
+        return f"{self.task.name}: {self.row.name}{self.details}"
+
+    @property
+    def details(self) -> str:
+        """Cut, learning rate and seed in words."""
         cut = "" if self.num_blocks is None else f" K={self.num_blocks}"
         rate = "" if self.rate is None else f" lr={self.rate:g}"
-        return f"{self.task.name}: {self.row.name}{cut}{rate} seed={self.seed}"
+        return f"{cut}{rate} seed={self.seed}"
 
 
 class Store:
@@ -79,8 +84,8 @@ class Store:
         )
 
     def path(self, run: Run) -> Path:
-        """Return where the result of a run is, or will be."""
-        name = re.sub(r"[^\w.=-]+", "_", run.label.partition(": ")[2])
+        """Return where the result of a run is, or will be. Rows with the same settings share it."""
+        name = re.sub(r"[^\w.=-]+", "_", f"{run.row.method}{run.details}")
         return self.folder / run.task.name / f"{name}-{self.key(run)}.json"
 
     def load(self, run: Run) -> dict[str, Any] | None:

@@ -64,19 +64,11 @@ def quickstart(report: dict[str, Any]) -> list[str]:
     from train import report as table
 
     versions = ", ".join(f"{name} {version}" for name, version in report["versions"].items())
-    borrowed = load("quickstart-borrowed-cpu")
     return [
         f"`make quickstart` ends with this table (one run, {report['cores']} CPU cores, {versions}):",
         "",
         "```",
         *table([Outcome(**outcome) for outcome in report["outcomes"]]).splitlines(),
-        "```",
-        "",
-        "With heads that borrow two layers from above their block (`python scripts/train.py",
-        "configs/train/quickstart.yaml block_local.head_layers=2 baseline=false`, one run):",
-        "",
-        "```",
-        *table([Outcome(**outcome) for outcome in borrowed["outcomes"]]).splitlines(),
         "```",
     ]
 

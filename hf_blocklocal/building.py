@@ -1,0 +1,85 @@
+"""Build what stands at the ends of blocks: the heads, and the way through what they borrow."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import nn
+
+from hf_blocklocal.anatomy import is_encoder_decoder, target_embedding
+from hf_blocklocal.blocks import Cut
+from hf_blocklocal.config import BlockLocalConfig
+from hf_blocklocal.copies import Copies
+from hf_blocklocal.errors import UnsupportedSettingError
+from hf_blocklocal.feedback import FeedbackHead, build_head
+from hf_blocklocal.shortcut import Shortcut, can_be_confined
+from hf_blocklocal.targets import choose_alignment
+from hf_blocklocal.trace import Trace, evaluation_mode
+
+
+def build_heads(
+    model: nn.Module, config: BlockLocalConfig, trace: Trace, cut: Cut, label_smoothing: float
+) -> list[FeedbackHead]:
+    """Return the head of every block but the last, in forward order."""
+    blocks = range(cut.num_blocks - 1)
+    heads: dict[int, FeedbackHead] = {}
+    # A chain is made from above, where each network finds the one that it listens to.
+    for block in reversed(blocks) if config.feedback == "chained" else blocks:
+        layer = cut.spans[block].last
+        shape = trace.shapes[layer]
+        # A head that borrows layers answers where the model's own does.
+        answers = len(cut.layers) - 1 if config.borrows else layer
+        final_stack = trace.ends_in_final_stack(answers)
+        heads[block] = build_head(
+            config,
+            trace.task,
+            hidden_width=shape[1] if len(shape) == 4 else shape[-1],
+            alignment=choose_alignment(trace.task, trace.shapes[answers], trace.labels_shape, final_stack=final_stack),
+            embedding_width=target_embedding(model).shape[1] if trace.task.target == "vocabulary" else None,
+            label_smoothing=label_smoothing,
+            above=heads[block + 1].feedback if block + 1 in heads else None,
+        )
+    return [heads[block] for block in blocks]
+
+
+def build_shortcut(
+    model: nn.Module,
+    config: BlockLocalConfig,
+    trace: Trace,
+    cut: Cut,
+    inputs: Mapping[str, Any],
+    reach: Sequence[set[str]],
+    owners: Mapping[str, int],
+) -> Shortcut:
+    """Return the way from the end of each block to the model's logits.
+
+    Args:
+        model: The model.
+        config: What its heads borrow.
+        trace: What one batch has shown of it.
+        cut: Where it is cut.
+        inputs: That batch.
+        reach: For each block, the names of the parameters that its own layers use.
+        owners: The block that owns each parameter.
+
+    Raises:
+        UnsupportedSettingError: If the model cannot lend what is asked for.
+    """
+    if trace.stacks[-1] > 0 and not is_encoder_decoder(model):
+        raise UnsupportedSettingError(
+            f"head_layers needs a model with one stack of layers, or an encoder and a decoder. {type(model).__name__} "
+            f"has {trace.stacks[-1] + 1} stacks, and its config does not say is_encoder_decoder. Use head_layers=0."
+        )
+    if config.head_layers == 0 and not trace.ends_in_final_stack(cut.spans[0].last):
+        raise UnsupportedSettingError(
+            f"Block 0 ends in the encoder of {type(model).__name__}, and with head_layers=0 no decoder layer reads "
+            "what a lens makes of it. Use head_lens with head_layers=1 or more, or none of the two."
+        )
+    with evaluation_mode(model):
+        confines = trace.task.target == "vocabulary" and can_be_confined(model, inputs)
+    shortcut = Shortcut(model, cut, trace, config.head_layers, reach, confines=confines)
+    every, lag, decay = config.head_refresh_steps, config.head_refresh_lag, config.head_refresh_decay
+    if (every, lag, decay) != (1, 0, 0):
+        shortcut.copies = Copies(model, shortcut.lent_weights(owners), every=every, lag=lag, decay=decay)
+    return shortcut

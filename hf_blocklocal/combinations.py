@@ -1,0 +1,101 @@
+"""Fields of a configuration that exclude each other.
+
+Each is possible by itself; what is wrong with one alone the configuration checks before.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from hf_blocklocal.errors import ConfigError
+
+
+def check_combinations(config: Any) -> None:
+    """Refuse fields that contradict each other.
+
+    Args:
+        config: A `BlockLocalConfig` whose fields are possible one by one.
+
+    Raises:
+        ConfigError: For the first pair that is found.
+    """
+    _check_borrowing(config)
+    _check_head(config)
+    _check_refresh(config)
+    _check_bootstrap(config)
+
+
+def _check_head(config: Any) -> None:
+    if config.feedback == "chained" and config.latent_dim < 2:
+        raise ConfigError(
+            f"latent_dim={config.latent_dim} and feedback='chained' exclude each other: a message of one unit is "
+            "nothing but its scale, and that is lost on the way down. Use a latent_dim of at least 2."
+        )
+    if config.satisfied_at is not None and config.feedback == "prototype":
+        raise ConfigError(
+            f"satisfied_at={config.satisfied_at} and feedback='prototype' exclude each other: one masks targets one "
+            "by one, the other compares all of them. Leave one of the two out."
+        )
+    if config.satisfied_at is not None and config.sim > 0:
+        raise ConfigError(
+            f"satisfied_at={config.satisfied_at} and sim={config.sim} exclude each other: one masks targets one by "
+            "one, the other compares all of them. Leave one of the two out."
+        )
+
+
+def _check_borrowing(config: Any) -> None:
+    if not config.borrows:
+        return
+    borrowing = f"head_layers={config.head_layers}" if config.head_layers else "head_lens=True"
+    if config.feedback in ("direct", "chained", "prototype"):
+        raise ConfigError(
+            f"{borrowing} and feedback={config.feedback!r} exclude each other: a head that borrows layers predicts "
+            "with the model's own task head. Use feedback='auto'."
+        )
+    if config.sim > 0:
+        raise ConfigError(
+            f"{borrowing} and sim={config.sim} exclude each other: similarity matching compares a block's own output. "
+            "Leave one of the two out."
+        )
+    if config.readout != "linear":
+        raise ConfigError(
+            f"{borrowing} and readout={config.readout!r} exclude each other: a head that borrows layers has no "
+            "readout. Leave one of the two out."
+        )
+
+
+def _check_refresh(config: Any) -> None:
+    asked = {name: getattr(config, f"head_refresh_{name}") for name in ("steps", "lag", "decay")}
+    if config.head_layers == 0 and not config.head_lens and asked != {"steps": 1, "lag": 0, "decay": 0.0}:
+        given = ", ".join(f"head_refresh_{name}={value}" for name, value in asked.items())
+        raise ConfigError(f"{given} copies borrowed layers, and head_layers=0 borrows none. Set head_layers too.")
+    if config.head_refresh_steps == 0 and (config.head_refresh_lag > 0 or config.head_refresh_decay > 0):
+        raise ConfigError(
+            "head_refresh_steps=0 keeps the layers that training began with, so head_refresh_lag="
+            f"{config.head_refresh_lag} and head_refresh_decay={config.head_refresh_decay} have nothing to act on. "
+            "Leave them out, or set head_refresh_steps."
+        )
+
+
+def _check_bootstrap(config: Any) -> None:
+    until = config.bootstrap_until
+    if isinstance(until, bool) or not isinstance(until, int | float) or not 0 < until < 1:
+        raise ConfigError(
+            f"bootstrap_until must be a share above 0 and below 1, so that it ends before the run; got {until!r}."
+        )
+    if config.bootstrap == 0:
+        return
+    needs = {
+        "feedback": ("auto", "chained", "direct"),
+        "readout": ("linear",),
+        "head_layers": (None, 0),
+        "head_lens": (False,),
+    }
+    for name, possible in {**needs, "overlap": (0,)}.items():
+        value = getattr(config, name)
+        if value not in possible:
+            raise ConfigError(
+                f"bootstrap={config.bootstrap} and {name}={value!r} exclude each other: the message of a learned "
+                "feedback network is carried into what a block hands on through its linear readout, without "
+                f"gradient. Use {name}={possible[-1]!r}, or leave bootstrap out."
+            )

@@ -1,0 +1,47 @@
+"""Fill in what a configuration leaves to the model: how many layers its heads borrow.
+
+Knows nothing of heads. What speaks against borrowing is that a user asked for a head of another kind, or that the
+model cannot lend.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from hf_blocklocal.config import BlockLocalConfig
+
+
+# Fields that speak of a head with parameters of its own; any that is not as it comes turns borrowing off.
+OWN_HEAD = (
+    "feedback",
+    "loss",
+    "family",
+    "latent_dim",
+    "readout",
+    "pooling",
+    "sim",
+    "feedback_learning_rate",
+    "bootstrap",
+)
+
+
+def default_head_layers(num_blocks: int) -> int:
+    """Return how many layers heads borrow by default: one where the model is cut in two, else two.
+
+    The fewest with which blocks learned as well as by backpropagation in the learning benchmark (README): with two
+    blocks a second layer costs memory and gains nothing, with more it does.
+    """
+    return min(num_blocks - 1, 2)
+
+
+def settled(config: BlockLocalConfig, *, lends: bool) -> BlockLocalConfig:
+    """Return a configuration that leaves nothing about its heads open.
+
+    Args:
+        config: What was asked for.
+        lends: Whether the model can lend layers.
+    """
+    if config.head_layers is not None:
+        return config
+    own_head = not lends or any(getattr(config, name) != getattr(BlockLocalConfig, name) for name in OWN_HEAD)
+    return replace(config, head_layers=0 if own_head else default_head_layers(config.num_blocks))
