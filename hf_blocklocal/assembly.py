@@ -258,7 +258,7 @@ def assemble(
         return _uncut(model, config)
     trace = trace_layers(model, find_stacks(model, config.layers), inputs)
     cut = plan_cut(trace, config)
-    config = settled(config, lends=trace.stacks[-1] == 0)
+    config = settled(config, single_stack=trace.stacks[-1] == 0)
     device = inputs["labels"].device
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)

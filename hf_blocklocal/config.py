@@ -83,7 +83,7 @@ class BlockLocalConfig:
         None,
         "Layers above a block that its head borrows, evenly spread, live and read-only, with the model's own task "
         "head. 0 is a light readout; all of them give the very gradient of backpropagation. Default: 1 in two "
-        "blocks and 2 in more, where the model can lend and no field asks for a head of another kind; else 0.",
+        "blocks and 2 in more; 0 for encoder-decoders, and where a field asks for a head of another kind.",
     )
     head_lens: bool = _help(
         False,

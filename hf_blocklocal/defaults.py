@@ -1,7 +1,7 @@
 """Fill in what a configuration leaves to the model: how many layers its heads borrow.
 
 Knows nothing of heads. What speaks against borrowing is that a user asked for a head of another kind, or that the
-model cannot lend.
+model has an encoder and a decoder: through a shortened decoder, encoders learned worse than from heads of their own.
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ def default_head_layers(num_blocks: int) -> int:
     return min(num_blocks - 1, 2)
 
 
-def settled(config: BlockLocalConfig, *, lends: bool) -> BlockLocalConfig:
+def settled(config: BlockLocalConfig, *, single_stack: bool) -> BlockLocalConfig:
     """Return a configuration that leaves nothing about its heads open.
 
     Args:
         config: What was asked for.
-        lends: Whether the model can lend layers.
+        single_stack: Whether the model has one stack of layers.
     """
     if config.head_layers is not None:
         return config
-    own_head = not lends or any(getattr(config, name) != getattr(BlockLocalConfig, name) for name in OWN_HEAD)
+    own_head = not single_stack or any(getattr(config, name) != getattr(BlockLocalConfig, name) for name in OWN_HEAD)
     return replace(config, head_layers=0 if own_head else default_head_layers(config.num_blocks))

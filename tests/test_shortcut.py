@@ -296,7 +296,7 @@ def hidden_after(model, path, batch):
 
 
 @pytest.mark.parametrize(
-    ("options", "lends", "expected"),
+    ("options", "single_stack", "expected"),
     [
         ({}, True, 1),
         ({"num_blocks": 3}, True, 2),
@@ -313,8 +313,8 @@ def hidden_after(model, path, batch):
         ({"negatives": None}, True, 1),
     ],
 )
-def test_heads_borrow_by_themselves_unless_another_kind_is_asked_for(options, lends, expected):
-    assert settled(BlockLocalConfig(**options), lends=lends).head_layers == expected
+def test_heads_borrow_by_themselves_unless_another_kind_is_asked_for(options, single_stack, expected):
+    assert settled(BlockLocalConfig(**options), single_stack=single_stack).head_layers == expected
 
 
 def test_a_checkpoint_says_how_many_layers_were_borrowed(tmp_path):

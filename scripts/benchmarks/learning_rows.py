@@ -45,8 +45,12 @@ class Row:
         """Whether it makes no sense from scratch."""
         return self.method in ("start", "freeze", "lora")
 
-    def settings(self, num_blocks: int | None) -> dict[str, Any]:
+    def settings(self, num_blocks: int | None, *, single_stack: bool = True) -> dict[str, Any]:
         """Return all that the row depends on, defaults included, as JSON values.
+
+        Args:
+            num_blocks: Blocks, None where it makes no difference.
+            single_stack: Whether the model has one stack of layers, which some defaults depend on.
 
         Raises:
             ConfigError: If this version of the package does not know the preset or a field.
@@ -57,7 +61,7 @@ class Row:
         if self.method == "lora":
             settings["lora"] = LORA
         if self.method == "local":
-            settings["block_local"] = settled(self._config(num_blocks), lends=True).to_dict()
+            settings["block_local"] = settled(self._config(num_blocks), single_stack=single_stack).to_dict()
         if self.method == "reference":
             settings["reference"] = self.name
         return settings

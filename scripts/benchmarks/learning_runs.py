@@ -44,6 +44,11 @@ class Run:
         return f"{self.task.name}: {self.row.name}{self.details}"
 
     @property
+    def settings(self) -> dict[str, Any]:
+        """All that the row is on this task."""
+        return self.row.settings(self.num_blocks, single_stack=self.task.single_stack)
+
+    @property
     def details(self) -> str:
         """Cut, learning rate and seed in words."""
         cut = "" if self.num_blocks is None else f" K={self.num_blocks}"
@@ -76,7 +81,7 @@ class Store:
             {
                 "task": run.task.run_spec(),
                 "fingerprint": self._fingerprints[run.task.name],
-                "row": run.row.settings(run.num_blocks),
+                "row": run.settings,
                 "rate": run.rate,
                 "seed": run.seed,
                 "versions": versions(),
@@ -160,7 +165,7 @@ def train(run: Run, model: Any, data: Data, curve: list[tuple[int, float]]) -> A
             "data_collator": run.task.collate,
         }
         if run.row.method == "local":
-            config = BlockLocalConfig.from_dict(run.row.settings(run.num_blocks)["block_local"])
+            config = BlockLocalConfig.from_dict(run.settings["block_local"])
             trainer = BlockLocalTrainer(model, block_local=config, **common)
         else:
             if run.row.method == "freeze":

@@ -32,7 +32,7 @@ HERE = Path(__file__).resolve().parent
 # What all tasks make their data and starting models with, beside their own file.
 BUILDERS = ("corpora.py", "pretraining.py", "vocabulary.py", "../../docstring_corpus.py")
 # Fields that neither data nor starting model depend on.
-COMPARED = ("blocks", "rates", "budget", "seconds")
+COMPARED = ("blocks", "rates", "budget", "seconds", "single_stack")
 DATA, START, FINGERPRINT = "data.pt", "start", "fingerprint.json"
 
 
@@ -74,6 +74,7 @@ class Task(ABC):
     metric: ClassVar[Metric]
     forgetting: ClassVar[Metric | None] = None
     pretrained: ClassVar[bool] = True
+    single_stack: ClassVar[bool] = True
     head_modules: ClassVar[tuple[str, ...]] = ()
     references: ClassVar[tuple[str, ...]] = ()
     fills: ClassVar[Mapping[str, int]] = {}

@@ -35,6 +35,7 @@ class Deciphering(Task):
     metric: ClassVar[Metric] = Metric("perplexity", higher_is_better=False, form=".3f")
     forgetting: ClassVar[Metric | None] = Metric("perplexity, plain text", higher_is_better=False, form=".3f")
     fills: ClassVar[Mapping[str, int]] = {"input_ids": PAD, "labels": -100}
+    single_stack: ClassVar[bool] = False
     seconds: ClassVar[float] = 20
 
     blocks: tuple[int, ...] = (2, 4)
