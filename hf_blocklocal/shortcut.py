@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from types import MethodType
 from typing import Any
 
 import torch
@@ -21,6 +20,7 @@ from torch import Tensor, nn
 from hf_blocklocal.anatomy import is_encoder_decoder
 from hf_blocklocal.blocks import Cut, Trail, beside_hidden
 from hf_blocklocal.copies import Copies
+from hf_blocklocal.lending import read_only, replaced_forward, run_inside
 from hf_blocklocal.trace import Trace
 
 
@@ -119,10 +119,10 @@ class Shortcut:
                 stack.enter_context(_confined_to(self.model.get_output_embeddings(), tokens_C))
             for index, layer in enumerate(self._layers):
                 if index in given:
-                    stack.enter_context(_replaced_forward(layer, _returning(given[index])))
+                    stack.enter_context(replaced_forward(layer, _returning(given[index])))
                 elif index not in self._kept[block]:
                     forward = self._passing_on(index, beside, bypassed=index < self._cut.spans[block].last)
-                    stack.enter_context(_replaced_forward(layer, forward))
+                    stack.enter_context(replaced_forward(layer, forward))
                 stack.callback(layer.register_forward_hook(beside.note(index)).remove)
             return _logits(self.model, inputs)
 
@@ -158,16 +158,9 @@ class Shortcut:
             block: The block. Parameters that its own layers do not use get no gradient.
             head_only: Whether no parameter of the model gets any.
         """
-        read_only = self.model.parameters() if head_only else self._foreign[block]
-        trainable = [parameter for parameter in read_only if parameter.requires_grad]
-        for parameter in trainable:
-            parameter.requires_grad_(False)
-        try:
-            with self.copies.in_use(block) if self.copies is not None else nullcontext():
-                yield
-        finally:
-            for parameter in trainable:
-                parameter.requires_grad_(True)
+        copies = self.copies.in_use(block) if self.copies is not None else nullcontext()
+        with read_only(self.model.parameters() if head_only else self._foreign[block]), copies:
+            yield
 
 
 @torch.no_grad()
@@ -194,9 +187,7 @@ def can_be_confined(model: nn.Module, inputs: Mapping[str, Any]) -> bool:
 
 def _logits(model: nn.Module, inputs: Mapping[str, Any]) -> Tensor:
     unneeded = set() if _needs_labels(model, inputs) else {"labels"}
-    # A forward that accelerate has put into autocast must not run inside of itself: autocast would never be left.
-    with _replaced_forward(model, MethodType(type(model).forward, model)):
-        outputs = model(**{name: value for name, value in inputs.items() if name not in unneeded})
+    outputs = run_inside(model, {name: value for name, value in inputs.items() if name not in unneeded})
     return outputs["logits"] if isinstance(outputs, Mapping) else outputs[0]
 
 
@@ -210,7 +201,7 @@ def _confined_to(head: nn.Linear, tokens_C: Tensor) -> AbstractContextManager[No
     def forward(hidden: Tensor) -> Tensor:
         return F.linear(hidden, head.weight[tokens_C], None if head.bias is None else head.bias[tokens_C])
 
-    return _replaced_forward(head, forward)
+    return replaced_forward(head, forward)
 
 
 class _Beside:
@@ -242,16 +233,3 @@ def _returning(output: Any) -> Callable[..., Any]:
         return output
 
     return forward
-
-
-@contextmanager
-def _replaced_forward(layer: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    own = vars(layer).get("forward")
-    layer.forward = forward
-    try:
-        yield
-    finally:
-        if own is None:
-            del layer.forward
-        else:
-            layer.forward = own

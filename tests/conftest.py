@@ -33,3 +33,12 @@ def borrow(originals):
         return copy.deepcopy(originals[name])
 
     return lend
+
+
+@pytest.fixture
+def environment():
+    """Forget what training arguments leave in the environment, where later runs would find it."""
+    before = dict(os.environ)
+    yield
+    os.environ.clear()
+    os.environ.update(before)

@@ -22,6 +22,7 @@ FLOORS = [
         "data_parallel",
         "extras",
         "groups",
+        "lending",
         "memory",
         "metrics",
         "optim",

@@ -264,7 +264,7 @@ def test_a_model_that_adds_to_all_of_its_logits_is_asked_for_all_of_them():
     assert assembly.read_targets(batch).candidates.ids_C is None
 
 
-def test_autocast_is_left_behind_with_the_forward_pass_of_a_head(tmp_path):
+def test_autocast_is_left_behind_with_the_forward_pass_of_a_head(tmp_path, environment):
     trainer = make("llama", tmp_path, bf16=True, eval_dataset=examples(SPECIMENS["llama"])[:5])
     losses = []
     for _ in range(2):  # the second run puts the forward into autocast once more

@@ -1,0 +1,44 @@
+"""Borrow from a running model: its forward, that of a layer, the gradients of parameters. All is given back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from types import MethodType
+from typing import Any
+
+from torch import nn
+
+
+def run_inside(model: nn.Module, inputs: Mapping[str, Any]) -> Any:
+    """Run a model in the middle of its own forward pass, and return what it returns."""
+    # A forward that accelerate has put into autocast must not run inside of itself: autocast would never be left.
+    with replaced_forward(model, MethodType(type(model).forward, model)):
+        return model(**inputs)
+
+
+@contextmanager
+def replaced_forward(layer: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """Let a layer run another forward inside the `with`."""
+    own = vars(layer).get("forward")
+    layer.forward = forward
+    try:
+        yield
+    finally:
+        if own is None:
+            del layer.forward
+        else:
+            layer.forward = own
+
+
+@contextmanager
+def read_only(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
+    """Keep gradients from parameters inside the `with`."""
+    trainable = [parameter for parameter in parameters if parameter.requires_grad]
+    for parameter in trainable:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in trainable:
+            parameter.requires_grad_(True)
