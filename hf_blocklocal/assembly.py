@@ -21,7 +21,7 @@ from hf_blocklocal.anatomy import (
     target_embedding,
 )
 from hf_blocklocal.blocks import Boundaries, Cut
-from hf_blocklocal.building import build_heads, build_shortcut
+from hf_blocklocal.building import build_denoising, build_heads, build_shortcut
 from hf_blocklocal.config import BlockLocalConfig
 from hf_blocklocal.copies import Copies
 from hf_blocklocal.costs import head_costs
@@ -29,9 +29,10 @@ from hf_blocklocal.defaults import settled
 from hf_blocklocal.errors import UnsupportedSettingError
 from hf_blocklocal.feedback import FeedbackHead
 from hf_blocklocal.groups import factors_by_block, rates_of_feedback, scale_learning_rates_
+from hf_blocklocal.inlets import Inlets
 from hf_blocklocal.losses import Contrast
 from hf_blocklocal.partition import Span
-from hf_blocklocal.sampling import with_candidates
+from hf_blocklocal.sampling import mixed, with_candidates
 from hf_blocklocal.shortcut import borrowed_layers
 from hf_blocklocal.step import LocalStep
 from hf_blocklocal.targets import Targets, Task, read_targets
@@ -112,7 +113,7 @@ class Assembly:
         targets = read_targets(self.task, inputs)
         if self.task.target != "vocabulary" or not any(isinstance(head.loss, Contrast) for head in self.heads):
             return targets
-        generator = torch.Generator().manual_seed(_mix(seed))
+        generator = torch.Generator().manual_seed(mixed(seed))
         shortcut = self.step.shortcut
         whole_vocabulary = whole_vocabulary or (shortcut is not None and not shortcut.confines)
         negatives = None if whole_vocabulary else self.config.negatives
@@ -268,6 +269,10 @@ def assemble(
     router_loss = find_router_loss(model)
     boundaries = Boundaries(model, cut, router_loss.routers if router_loss else None)
     reach = trace_reach(model, boundaries, inputs)
+    inlets = Inlets(model, boundaries) if config.denoising > 0 else None
+    denoising = None
+    if config.denoising > 0:
+        denoising = build_denoising(model, config, trace, boundaries, inlets, reach)
     owners = owners_of((name for name, _ in model.named_parameters()), cut, reach)
     shortcut = build_shortcut(model, config, trace, cut, inputs, reach, owners) if config.borrows else None
     assembly = Assembly(
@@ -276,7 +281,15 @@ def assemble(
         cut=cut,
         module=module,
         parameters=_by_block(module, owners, cut.num_blocks),
-        step=LocalStep(boundaries, module.heads, router_loss=router_loss, shortcut=shortcut, overlap=config.overlap),
+        step=LocalStep(
+            boundaries,
+            module.heads,
+            router_loss=router_loss,
+            shortcut=shortcut,
+            overlap=config.overlap,
+            inlets=inlets,
+            denoising=denoising,
+        ),
         counts_items=trace.counts_items,
     )
     targets = assembly.read_targets(inputs)
@@ -308,11 +321,3 @@ def _by_block(module: TaughtModel, owners: Mapping[str, int], num_blocks: int) -
     for block, head in enumerate(module.heads):
         blocks[block].extend(head.parameters())
     return tuple(tuple(block) for block in blocks)
-
-
-def _mix(seed: tuple[int, ...]) -> int:
-    """Fold several small numbers into one seed, the same on every machine."""
-    mixed = 0
-    for part in seed:
-        mixed = (mixed * 1_000_003 + part + 1) % (1 << 63)
-    return mixed

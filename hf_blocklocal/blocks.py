@@ -139,6 +139,11 @@ class Boundaries:
         """What the forward pass under way has left so far."""
         return self._visit.trail
 
+    @property
+    def is_suspended(self) -> bool:
+        """Whether the layers run as if they were not cut."""
+        return self._visit.suspended
+
     @contextmanager
     def suspended(self) -> Iterator[None]:
         """Let the layers run inside the `with` as if they were not cut, in the middle of a forward pass that is."""
@@ -171,7 +176,7 @@ class _Visit:
         def detach(tensor: Tensor) -> Tensor:
             return tensor.detach() if tensor.requires_grad and id(tensor) not in made_here else tensor
 
-        hidden_name = None if args else next((name for name in kwargs if name.startswith("hidden_state")), None)
+        hidden_name = None if args else _hidden_name(kwargs)
         side_kwargs = {name: value for name, value in kwargs.items() if name != hidden_name}
         return (*args[:1], *map_tensors(args[1:], detach)), {**kwargs, **map_tensors(side_kwargs, detach)}
 
@@ -232,6 +237,20 @@ class _Visit:
                 f"A forward pass came by the ends of blocks {self._left}, not {self._expected}: a last layer of a "
                 "block was skipped or ran twice. Random layer dropping and re-entrant checkpointing do this."
             )
+
+
+def given_hidden(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:
+    """Return the hidden state that a layer is given: its first argument, or the one named so. None if neither is."""
+    return args[0] if args else kwargs.get(_hidden_name(kwargs))
+
+
+def with_hidden(args: tuple[Any, ...], kwargs: Mapping[str, Any], hidden: Tensor) -> tuple[Any, Any]:
+    """Return the arguments of a layer with another hidden state in them."""
+    return ((hidden, *args[1:]), dict(kwargs)) if args else (args, {**kwargs, _hidden_name(kwargs): hidden})
+
+
+def _hidden_name(kwargs: Mapping[str, Any]) -> str | None:
+    return next((name for name in kwargs if name.startswith("hidden_state")), None)
 
 
 def first_tensor(output: Any) -> Tensor:

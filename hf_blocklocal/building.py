@@ -1,4 +1,4 @@
-"""Build what stands at the ends of blocks: the heads, and the way through what they borrow."""
+"""Build what stands at the ends of blocks: heads, the way through what they borrow, and a block's second run."""
 
 from __future__ import annotations
 
@@ -8,11 +8,14 @@ from typing import Any
 from torch import nn
 
 from hf_blocklocal.anatomy import is_encoder_decoder, target_embedding
-from hf_blocklocal.blocks import Cut
+from hf_blocklocal.blocks import Boundaries, Cut
 from hf_blocklocal.config import BlockLocalConfig
 from hf_blocklocal.copies import Copies
+from hf_blocklocal.denoising import Denoising
 from hf_blocklocal.errors import UnsupportedSettingError
 from hf_blocklocal.feedback import FeedbackHead, build_head
+from hf_blocklocal.inlets import Inlets
+from hf_blocklocal.replay import Replay
 from hf_blocklocal.shortcut import Shortcut, can_be_confined
 from hf_blocklocal.targets import choose_alignment
 from hf_blocklocal.trace import Trace, evaluation_mode
@@ -83,3 +86,39 @@ def build_shortcut(
     if (every, lag, decay) != (1, 0, 0):
         shortcut.copies = Copies(model, shortcut.lent_weights(owners), every=every, lag=lag, decay=decay)
     return shortcut
+
+
+def build_denoising(
+    model: nn.Module,
+    config: BlockLocalConfig,
+    trace: Trace,
+    boundaries: Boundaries,
+    inlets: Inlets,
+    reach: Sequence[set[str]],
+) -> Denoising:
+    """Return the term that runs blocks a second time.
+
+    Args:
+        model: The model.
+        config: The weight of the term.
+        trace: What one batch has shown of it.
+        boundaries: Its cut.
+        inlets: Notes of what enters the blocks.
+        reach: For each block, the names of the parameters that its own layers use.
+
+    Raises:
+        UnsupportedSettingError: If the blocks of the model have no single input to add noise to.
+    """
+    if trace.stacks[-1] > 0:
+        raise UnsupportedSettingError(
+            f"denoising needs a model with one stack of layers, and {type(model).__name__} has "
+            f"{trace.stacks[-1] + 1}: what enters the decoder has two parts. Use denoising=0."
+        )
+    for span in boundaries.cut.spans[:-1]:
+        if not trace.entering[span.start]:
+            raise UnsupportedSettingError(
+                f"denoising needs the hidden state that a layer is given, and {boundaries.cut.layers[span.start]} of "
+                f"{type(model).__name__} is given none as its first argument or under that name. Use denoising=0."
+            )
+    replay = Replay(model, boundaries, inlets, forms=trace.forms, reached=reach)
+    return Denoising(replay, config.denoising)

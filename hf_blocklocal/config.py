@@ -25,8 +25,8 @@ PRESETS: dict[str, dict[str, Any]] = {
     # The same paper: similarity matching, in place of that classifier or beside it.
     "sim": {"feedback": "label", "loss": "agreement", "sim": 1.0},
     "predsim": {"feedback": "label", "loss": "agreement", "sim": 0.99},
-    # Kappel et al. (2023), arXiv 2305.14974: what their public experiments do, without denoising.
-    "kappel2023": {"feedback": "prototype", "loss": "kappel2023"},
+    # Kappel et al. (2023), arXiv 2305.14974: what their public experiments do.
+    "kappel2023": {"feedback": "prototype", "loss": "kappel2023", "denoising": 1.0},
     # Belilovsky et al. (2020), arXiv 1901.08164: a classifier with a hidden layer on the output of each block.
     "dgl": {"feedback": "label", "loss": "agreement", "readout": "mlp"},
     # Gomez et al. (2020), arXiv 2010.04116: the same, and the loss of a block teaches the block below it too.
@@ -105,6 +105,11 @@ class BlockLocalConfig:
         "Weight of similarity matching in a block's loss, 0 to 1; the loss of the head has the rest. At 1 the readout "
         "still learns, for evaluation, and teaches the block nothing.",
     )
+    denoising: float = _help(
+        0.0,
+        "Weight, beside the loss of a block's head, of the mean squared distance between the block's output and that "
+        "for a slightly noisy input. Runs each block twice.",
+    )
     overlap: int = _help(
         0,
         "Blocks below its own that the loss of a block teaches too. The activations of that many blocks more are kept "
@@ -165,6 +170,7 @@ class BlockLocalConfig:
             )
         self._check_choices()
         self._check_numbers()
+        self._check_weights()
         self._check_shares()
         check_combinations(self)
         self._check_cut()
@@ -198,19 +204,19 @@ class BlockLocalConfig:
             if value is not None and (not fits or (name == "layers" and not value)):
                 raise ConfigError(f"{name} must be a list of {what}, or left out; got {value!r}.")
 
+    def _check_weights(self) -> None:
+        for name in ("anchor", "denoising"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
+                raise ConfigError(f"{name} must be a number of at least 0, got {value!r}.")
+            object.__setattr__(self, name, float(value))
+
     def _check_shares(self) -> None:
         for name in ("block_lr_decay",):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= 1:
                 raise ConfigError(f"{name} must be a number above 0 and at most 1, got {value!r}.")
             object.__setattr__(self, name, float(value))
-        if (
-            isinstance(self.anchor, bool)
-            or not isinstance(self.anchor, int | float)
-            or not 0 <= self.anchor < math.inf
-        ):
-            raise ConfigError(f"anchor must be a number of at least 0, got {self.anchor!r}.")
-        object.__setattr__(self, "anchor", float(self.anchor))
         for name in ("polish", "sim", "bootstrap"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:

@@ -52,7 +52,7 @@ class NonFiniteLossError(BlockLocalError, RuntimeError):
 
 
 class InputsNeededError(BlockLocalError, ValueError):
-    """Heads that borrow layers were not given the inputs of the forward pass. Hand them to `teach`."""
+    """Heads that borrow layers, or denoising, lack the inputs of the forward pass. Hand them to `teach`."""
 
 
 class LossNotSentBackError(BlockLocalError, RuntimeError):

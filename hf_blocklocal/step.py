@@ -7,7 +7,7 @@ different from ordinary training.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,8 +16,10 @@ from torch import Tensor
 
 from hf_blocklocal.anatomy import RouterLoss, outputs_not_recorded
 from hf_blocklocal.blocks import Boundaries
+from hf_blocklocal.denoising import Denoising
 from hf_blocklocal.errors import InputsNeededError, NonFiniteLossError
 from hf_blocklocal.feedback import FeedbackHead
+from hf_blocklocal.inlets import Inlets
 from hf_blocklocal.losses import Messages
 from hf_blocklocal.overlap import Interlock
 from hf_blocklocal.shortcut import Shortcut
@@ -68,6 +70,17 @@ class StepReport:
             )
 
 
+@dataclass(frozen=True)
+class _Lesson:
+    """What `teach` is given for one micro-batch."""
+
+    targets: Targets | None
+    scale: Tensor | float
+    inputs: Mapping[str, Any] | None
+    custom_loss: Callable[[Tensor], Tensor] | None
+    seed: tuple[int, ...]
+
+
 class LocalStep:
     """Teaches every block but the last while the model's own forward runs.
 
@@ -77,6 +90,9 @@ class LocalStep:
         router_loss: Load-balancing loss of a mixture of experts, if the model adds one.
         shortcut: The way to the model's logits, for heads that borrow layers.
         overlap: How many blocks below its own a loss reaches.
+        inlets: Notes of what enters the blocks, for losses that look back at it.
+        denoising: A term of every block that is sent back by itself, so that the two runs of a block are not kept at
+            the same time.
     """
 
     def __init__(
@@ -87,12 +103,16 @@ class LocalStep:
         router_loss: RouterLoss | None = None,
         shortcut: Shortcut | None = None,
         overlap: int = 0,
+        inlets: Inlets | None = None,
+        denoising: Denoising | None = None,
     ) -> None:
         self.boundaries = boundaries
         self.heads = heads
         self.router_loss = router_loss
         self.shortcut = shortcut
         self.overlap = overlap
+        self.inlets = inlets
+        self.denoising = denoising
 
     @contextmanager
     def teach(
@@ -106,6 +126,7 @@ class LocalStep:
         custom_loss: Callable[[Tensor], Tensor] | None = None,
         heads_only: bool = False,
         bootstrap: float = 0.0,
+        seed: tuple[int, ...] = (0,),
     ) -> Iterator[StepReport]:
         """Let each block learn at its end, in the forward pass that runs inside the `with`.
 
@@ -116,42 +137,39 @@ class LocalStep:
             scale: What the sum of the losses of all targets is multiplied with.
             backward: Runs a backward pass from a loss; with overlap, `retain_graph` is passed on.
             learned: Called with a block, and the report so far, when its gradients are complete.
-            inputs: The model's inputs, for heads that borrow layers.
+            inputs: The model's inputs, for heads that borrow layers and for denoising.
             custom_loss: Maps the logits (B, C) that a head predicts to a loss, in place of the head's own.
             heads_only: Whether only the heads learn, and the last block; the losses are reported all the same.
             bootstrap: Weight of the target's message in what blocks hand on; needs learned feedback.
+            seed: What noise is drawn from, for example run, step and micro-batch.
 
         Yields:
             The report, filled as the forward pass comes by the ends of the blocks.
         """
         report = StepReport()
-
+        lesson = _Lesson(targets, scale, inputs, custom_loss, seed)
         last = self.boundaries.cut.num_blocks - 1
         interlock = Interlock(0 if heads_only else self.overlap, last)
 
+        def send(loss: Tensor, **options: Any) -> None:
+            if loss.requires_grad:
+                with torch.autocast(loss.device.type, enabled=False):
+                    backward(loss, **options)
+
         def learn(block: int, hidden: Tensor, router_logits: tuple[Tensor, ...]) -> Messages:
-            head = self.heads[block]
             if heads_only:
                 hidden, router_logits = hidden.detach(), tuple(logits.detach() for logits in router_logits)
-            with (
-                outputs_not_recorded(),
-                self.borrowing(block, heads_only=heads_only),
-                _recording(head if heads_only else None),
-            ):
-                seen = self.seen_by_head(block, hidden, inputs, targets)
-                heard: list[Messages] = []
-                if custom_loss is None:
-                    loss = head(seen, targets, heard.append).sum() * scale
-                else:
-                    loss = custom_loss(head.logits(seen, targets, heard.append))
-                loss = loss + self._router_loss(block, router_logits, targets) if router_logits else loss
-                report.add(loss, head.loss.halves(heard[0]), len(targets))
-                if loss.requires_grad:
-                    with torch.autocast(hidden.device.type, enabled=False):
-                        backward(loss, **({"retain_graph": True} if interlock.overlap > 0 else {}))
-            if torch.is_autocast_enabled(hidden.device.type):
-                # The copies of this block's weights in low precision would live until the whole forward ends.
-                torch.clear_autocast_cache()
+            heard: list[Messages] = []
+            with self._head_alone(block, heads_only=heads_only):
+                loss = self._loss(block, hidden, router_logits, lesson, heard.append)
+                report.add(loss, self.heads[block].loss.halves(heard[0]), len(lesson.targets))
+                send(loss, **({"retain_graph": True} if interlock.overlap > 0 else {}))
+            if self.denoising is not None:
+                with self._block_again(block, heads_only=heads_only):
+                    term = self._denoising(block, hidden, lesson)
+                    report.losses[-1] = report.losses[-1] + term.detach()
+                    send(term)
+            _forget_low_precision(hidden.device)
             return heard[0]
 
         def send_back(block: int) -> None:
@@ -169,9 +187,19 @@ class LocalStep:
             send_back(block)
             return handed_on
 
-        with self.boundaries.attached(leave):
+        with self._watched(), self.boundaries.attached(leave):
             yield report
             send_back(last)
+
+    @contextmanager
+    def _watched(self) -> Iterator[None]:
+        """Take the notes that terms beside the heads' own losses need."""
+        with ExitStack() as stack:
+            if self.inlets is not None:
+                stack.enter_context(self.inlets.watched())
+            if self.denoising is not None:
+                stack.enter_context(self.denoising.replay.watched())
+            yield
 
     def seen_by_head(
         self, block: int, hidden: Tensor, inputs: Mapping[str, Any] | None, targets: Targets | None
@@ -197,6 +225,55 @@ class LocalStep:
         """Lend the head of a block what it borrows from the model, for its forward and its backward pass."""
         return nullcontext() if self.shortcut is None else self.shortcut.lent(block, head_only=heads_only)
 
+    def _loss(
+        self,
+        block: int,
+        hidden: Tensor,
+        router_logits: tuple[Tensor, ...],
+        lesson: _Lesson,
+        hear: Callable[[Messages], None],
+    ) -> Tensor:
+        """Return the loss of a block's head, with what its routers add."""
+        head = self.heads[block]
+        seen = self.seen_by_head(block, hidden, lesson.inputs, lesson.targets)
+        if lesson.custom_loss is None:
+            loss = head(seen, lesson.targets, hear).sum() * lesson.scale
+        else:
+            loss = lesson.custom_loss(head.logits(seen, lesson.targets, hear))
+        return loss + self._router_loss(block, router_logits, lesson.targets) if router_logits else loss
+
+    def _denoising(self, block: int, hidden: Tensor, lesson: _Lesson) -> Tensor:
+        """Return the term of the block's second run; a term of the batch has the weight of all its targets."""
+        assert self.denoising is not None
+        if lesson.inputs is None:
+            raise InputsNeededError(
+                "With denoising, blocks run a second time, which needs the inputs of the forward pass. Call "
+                "teach(..., inputs=batch), or use BlockLocalConfig(denoising=0)."
+            )
+        term = self.denoising(block, hidden, lesson.targets, lesson.inputs, lesson.seed)
+        return term * (lesson.targets.elements * lesson.scale)
+
+    @contextmanager
+    def _head_alone(self, block: int, *, heads_only: bool) -> Iterator[None]:
+        """Keep gradients from what a borrowed layer owns, and record no graph where there is nothing to learn."""
+        with ExitStack() as stack:
+            stack.enter_context(outputs_not_recorded())
+            stack.enter_context(self.borrowing(block, heads_only=heads_only))
+            if heads_only and not any(parameter.requires_grad for parameter in self.heads[block].parameters()):
+                stack.enter_context(torch.no_grad())
+            yield
+
+    @contextmanager
+    def _block_again(self, block: int, *, heads_only: bool) -> Iterator[None]:
+        """Keep gradients from what other blocks own, and record no graph where only heads learn."""
+        assert self.denoising is not None
+        with ExitStack() as stack:
+            stack.enter_context(outputs_not_recorded())
+            stack.enter_context(self.denoising.replay.read_only(block))
+            if heads_only:
+                stack.enter_context(torch.no_grad())
+            yield
+
     def _router_loss(self, block: int, router_logits: tuple[Tensor, ...], targets: Targets) -> Tensor:
         """Return a block's part in the router loss: that of its own layers, in proportion to their number."""
         assert self.router_loss is not None
@@ -205,7 +282,7 @@ class LocalStep:
         return self.router_loss.coefficient * len(cut.spans[block]) / len(cut.layers) * balance
 
 
-def _recording(head: FeedbackHead | None) -> AbstractContextManager[None]:
-    """Record no graph for a head that has nothing to learn, where it alone is to be taught."""
-    idle = head is not None and not any(parameter.requires_grad for parameter in head.parameters())
-    return torch.no_grad() if idle else nullcontext()
+def _forget_low_precision(device: torch.device) -> None:
+    """Free the copies of a block's weights in low precision, which would live until the whole forward ends."""
+    if torch.is_autocast_enabled(device.type):
+        torch.clear_autocast_cache()

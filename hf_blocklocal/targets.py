@@ -107,10 +107,26 @@ class Targets:
             return hidden.flatten(0, 1)[self.positions_N], None
         if hidden.dim() == 2:
             return hidden, self.samples_N
-        mask_BS = self.mask_BS
-        if self.stretched and mask_BS is not None and hidden.dim() == 3:
-            mask_BS = F.interpolate(mask_BS[:, None].float(), size=hidden.shape[1], mode="nearest")[:, 0]
-        return pool(hidden, mask_BS, pooling), self.samples_N
+        return pool(hidden, self._mask_for(hidden), pooling), self.samples_N
+
+    def mean_square(self, difference: Tensor) -> Tensor:
+        """Return the mean square over units and positions; padding does not count.
+
+        Args:
+            difference: Of two hidden states, (B, S, D) or (B, D, height, width).
+        """
+        square = difference.float().square()
+        mask_BS = self._mask_for(difference)
+        if mask_BS is None or mask_BS.shape != difference.shape[:2]:
+            return square.mean()
+        weights_BS = mask_BS.to(square.dtype)
+        return (square.mean(-1) * weights_BS).sum() / weights_BS.sum().clamp(min=1)
+
+    def _mask_for(self, hidden: Tensor) -> Tensor | None:
+        """Return the mask, with as many positions as the hidden state where it counts samples of sound."""
+        if self.stretched and self.mask_BS is not None and hidden.dim() == 3:
+            return F.interpolate(self.mask_BS[:, None].float(), size=hidden.shape[1], mode="nearest")[:, 0]
+        return self.mask_BS
 
     def moved(self, hidden: Tensor, change_ND: Tensor, alignment: Alignment) -> Tensor:
         """Move each hidden state by what the targets it answers ask for.

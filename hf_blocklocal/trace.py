@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from hf_blocklocal.anatomy import (
     shifts_labels,
     vocabulary_size,
 )
-from hf_blocklocal.blocks import Boundaries, Cut, beside_hidden, first_tensor, reached_parameters
+from hf_blocklocal.blocks import Boundaries, Cut, beside_hidden, first_tensor, given_hidden, reached_parameters
 from hf_blocklocal.config import BlockLocalConfig
 from hf_blocklocal.errors import CutError, TargetError
 from hf_blocklocal.partition import Span, even_spans, spans_by_cost, spans_from_boundaries
@@ -35,6 +36,7 @@ class Trace:
         layers: Dotted names of the layers in the order of execution.
         stacks: For each layer, the stack it belongs to, numbered in the order of execution.
         shapes: For each layer, the shape of its hidden state.
+        entering: For each layer, the shape of the hidden state that it is given; empty where none is found.
         forms: For each layer, 0 if it returns its hidden state, n if it returns a tuple of n that starts with it.
         lends: For each layer, whether it returns tensors beside its hidden state, such as a position bias.
         costs: For each layer, its floating-point operations; those of the parts before the first and behind the last
@@ -47,6 +49,7 @@ class Trace:
     layers: tuple[str, ...]
     stacks: tuple[int, ...]
     shapes: tuple[tuple[int, ...], ...]
+    entering: tuple[tuple[int, ...], ...]
     forms: tuple[int, ...]
     lends: tuple[bool, ...]
     costs: tuple[float, ...]
@@ -77,12 +80,15 @@ def trace_layers(model: nn.Module, stacks: Sequence[Stack], inputs: Mapping[str,
     calls = {path: 0 for stack in stacks for path in stack.layers}
     order: list[str] = []
     shapes: dict[str, tuple[int, ...]] = {}
+    entering: dict[str, tuple[int, ...]] = {}
     forms: dict[str, int] = {}
     lends: dict[str, bool] = {}
     marks: list[float] = []
     flops = FlopCounterMode(display=False)
 
-    def entered(path: str) -> None:
+    def entered(path: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        hidden = given_hidden(args, kwargs)
+        entering[path] = () if hidden is None else tuple(hidden.shape)
         calls[path] += 1
         order.append(path)
         marks.append(flops.get_total_flops())
@@ -95,7 +101,8 @@ def trace_layers(model: nn.Module, stacks: Sequence[Stack], inputs: Mapping[str,
     handles = []
     for path in calls:
         layer = model.get_submodule(path)
-        handles.append(layer.register_forward_pre_hook(lambda *_, path=path: entered(path)))
+        enter = partial(lambda path, _layer, args, kwargs: entered(path, args, kwargs), path)
+        handles.append(layer.register_forward_pre_hook(enter, with_kwargs=True))
         handles.append(layer.register_forward_hook(lambda _layer, _args, output, path=path: left(path, output)))
     try:
         with evaluation_mode(model), flops:
@@ -111,6 +118,7 @@ def trace_layers(model: nn.Module, stacks: Sequence[Stack], inputs: Mapping[str,
         layers=tuple(order),
         stacks=tuple(stack_of[path] for path in order),
         shapes=tuple(shapes[path] for path in order),
+        entering=tuple(entering[path] for path in order),
         forms=tuple(forms[path] for path in order),
         lends=tuple(lends[path] for path in order),
         costs=_costs(marks, flops.get_total_flops()),

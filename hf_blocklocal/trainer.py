@@ -182,7 +182,8 @@ class BlockLocalTrainer(Trainer):
             return loss
         assembly, inputs = self.assembly, self._prepare_inputs(inputs)
         assembly.begin_step(self.state.global_step)
-        targets = assembly.read_targets(inputs, seed=self._seed_of_micro_batch())
+        seed = self._seed_of_micro_batch()
+        targets = assembly.read_targets(inputs, seed=seed)
         in_global_step = is_global(self.state.global_step, self.state.max_steps, self.block_local)
         if len(targets) == 0:
             return self._skip_batch(in_global_step=in_global_step)
@@ -205,6 +206,7 @@ class BlockLocalTrainer(Trainer):
             ),
             heads_only=self.state.global_step < self.block_local.head_warmup_steps,
             bootstrap=bootstrap_weight(self.state.global_step, self.state.max_steps, self.block_local),
+            seed=seed,
         )
         with lesson as report:
             loss = super().training_step(self._forward, inputs, self._items_for_model(num_items_in_batch))
@@ -226,7 +228,7 @@ class BlockLocalTrainer(Trainer):
         return loss
 
     def _seed_of_micro_batch(self) -> tuple[int, ...]:
-        """Count micro-batches, so that each draws negatives of its own and a resumed run draws the same."""
+        """Count micro-batches, so that each draws negatives and noise of its own and a resumed run draws the same."""
         micro_batch = self._micro_batch
         self._micro_batch = 0 if self.accelerator.sync_gradients else micro_batch + 1
         return self.args.seed, self.state.global_step, micro_batch, self.args.process_index

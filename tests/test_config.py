@@ -171,6 +171,10 @@ REFUSALS = {
         {"anchor": -0.1},
         "anchor must be a number of at least 0, got -0.1.",
     ),
+    "noise that is rewarded": (
+        {"denoising": -1},
+        "denoising must be a number of at least 0, got -1.",
+    ),
     "a global step every zero steps": (
         {"global_every": 0},
         "global_every must be a whole number of at least 1, got 0.",
@@ -351,7 +355,7 @@ def test_the_presets_are_what_their_papers_say():
     assert (sim.feedback, sim.loss, sim.sim) == ("label", "agreement", 1.0)
     assert (predsim.feedback, predsim.loss, predsim.sim) == ("label", "agreement", 0.99)
     kappel = BlockLocalConfig.from_preset("kappel2023")
-    assert (kappel.feedback, kappel.loss) == ("prototype", "kappel2023")
+    assert (kappel.feedback, kappel.loss, kappel.denoising) == ("prototype", "kappel2023", 1.0)
     interlocking = BlockLocalConfig.from_preset("interlocking")
     assert (interlocking.feedback, interlocking.loss, interlocking.overlap) == ("label", "agreement", 1)
 

@@ -1,4 +1,4 @@
-"""The loss that the public experiments of block-local learning train a block with, without denoising."""
+"""The loss that the public experiments of block-local learning train a block with, but for denoising."""
 
 # Shapes: N targets, R targets compared, C classes, D hidden width.
 
@@ -32,8 +32,8 @@ class Kappel2023(Agreement):
     Against the public code: its inner product enters with the opposite sign, which pushes samples away from their own
     prototype, and is divided by the number of samples once more, which makes it vanish; it learns prototypes in an
     optimizer of their own; it pools by the maximum, and here the head pools as it is told to. Its squared distance to
-    the activation of a noisy input (denoising) would run each block twice and is left out. Pairs are those of at most
-    512 targets, evenly spaced.
+    the activation for a noisy input is not of the head but of the block: the field `denoising`, which the preset sets
+    to 1. Pairs are those of at most 512 targets, evenly spaced.
     """
 
     needs_rows = True
