@@ -269,7 +269,7 @@ def assemble(
     router_loss = find_router_loss(model)
     boundaries = Boundaries(model, cut, router_loss.routers if router_loss else None)
     reach = trace_reach(model, boundaries, inputs)
-    inlets = Inlets(model, boundaries) if config.denoising > 0 else None
+    inlets = Inlets(model, boundaries) if config.denoising > 0 or config.reconstruction > 0 else None
     denoising = None
     if config.denoising > 0:
         denoising = build_denoising(model, config, trace, boundaries, inlets, reach)

@@ -30,16 +30,16 @@ def build_heads(
     # A chain is made from above, where each network finds the one that it listens to.
     for block in reversed(blocks) if config.feedback == "chained" else blocks:
         layer = cut.spans[block].last
-        shape = trace.shapes[layer]
         # A head that borrows layers answers where the model's own does.
         answers = len(cut.layers) - 1 if config.borrows else layer
         final_stack = trace.ends_in_final_stack(answers)
         heads[block] = build_head(
             config,
             trace.task,
-            hidden_width=shape[1] if len(shape) == 4 else shape[-1],
+            hidden_width=_width(trace.shapes[layer]),
             alignment=choose_alignment(trace.task, trace.shapes[answers], trace.labels_shape, final_stack=final_stack),
             embedding_width=target_embedding(model).shape[1] if trace.task.target == "vocabulary" else None,
+            entering_width=_entering_width(model, trace, cut, block) if config.reconstruction > 0 else None,
             label_smoothing=label_smoothing,
             above=heads[block + 1].feedback if block + 1 in heads else None,
         )
@@ -122,3 +122,25 @@ def build_denoising(
             )
     replay = Replay(model, boundaries, inlets, forms=trace.forms, reached=reach)
     return Denoising(replay, config.denoising)
+
+
+def _entering_width(model: nn.Module, trace: Trace, cut: Cut, block: int) -> int:
+    """Return the width of what a block is given, where its output has the same positions."""
+    span = cut.spans[block]
+    given, returned = trace.entering[span.start], trace.shapes[span.last]
+    if trace.stacks[span.start] != trace.stacks[span.last] or _positions(given) != _positions(returned):
+        raise UnsupportedSettingError(
+            f"reconstruction reads the input of a block from its output position by position, and block {block} "
+            f"(layers {span.start} to {span.last}) of {type(model).__name__} is given {given} and returns {returned}, "
+            f"from stack {trace.stacks[span.start]} to {trace.stacks[span.last]}. Use reconstruction=0, or boundaries "
+            "where lengths or stacks change."
+        )
+    return _width(given)
+
+
+def _positions(shape: tuple[int, ...]) -> tuple[int, ...]:
+    return (shape[0], *shape[2:]) if len(shape) == 4 else shape[:-1]
+
+
+def _width(shape: tuple[int, ...]) -> int:
+    return shape[1] if len(shape) == 4 else shape[-1]

@@ -105,6 +105,11 @@ class BlockLocalConfig:
         "Weight of similarity matching in a block's loss, 0 to 1; the loss of the head has the rest. At 1 the readout "
         "still learns, for evaluation, and teaches the block nothing.",
     )
+    reconstruction: float = _help(
+        0.0,
+        "Weight, beside the loss of a block's head, of the mean squared error of a linear map that reads the block's "
+        "normalised input from its output. Keeps in a block what its own head has no use for.",
+    )
     denoising: float = _help(
         0.0,
         "Weight, beside the loss of a block's head, of the mean squared distance between the block's output and that "
@@ -205,7 +210,7 @@ class BlockLocalConfig:
                 raise ConfigError(f"{name} must be a list of {what}, or left out; got {value!r}.")
 
     def _check_weights(self) -> None:
-        for name in ("anchor", "denoising"):
+        for name in ("anchor", "denoising", "reconstruction"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
                 raise ConfigError(f"{name} must be a number of at least 0, got {value!r}.")

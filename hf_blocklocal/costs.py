@@ -52,10 +52,19 @@ def head_operations(model: nn.Module, step: LocalStep, inputs: Mapping[str, Any]
         head, leaf = step.heads[block], hidden.detach().requires_grad_()
         with torch.enable_grad(), outputs_not_recorded(), step.borrowing(block, heads_only=True):
             with FlopCounterMode(display=False) as counter:
-                head(step.seen_by_head(block, leaf, inputs, targets), targets).sum().backward()
+                loss = head(step.seen_by_head(block, leaf, inputs, targets), targets).sum()
+                if head.reconstruction is not None:
+                    loss = loss + head.reconstruction(leaf, step.inlets[block].hidden, targets)
+                loss.backward()
             counts.append(counter.get_total_flops() - _once_per_step(head, targets))
 
-    with evaluation_mode(model), evaluation_mode(step.heads), torch.no_grad(), step.boundaries.attached(leave):
+    with (
+        evaluation_mode(model),
+        evaluation_mode(step.heads),
+        torch.no_grad(),
+        step.watched(),
+        step.boundaries.attached(leave),
+    ):
         model(**inputs)
     for head in step.heads:
         head.zero_grad()

@@ -80,6 +80,12 @@ class _Lesson:
     custom_loss: Callable[[Tensor], Tensor] | None
     seed: tuple[int, ...]
 
+    @property
+    def whole(self) -> Tensor | float:
+        """What a term of the batch as a whole is multiplied with: the weight of all its targets."""
+        assert self.targets is not None
+        return self.targets.elements * self.scale
+
 
 class LocalStep:
     """Teaches every block but the last while the model's own forward runs.
@@ -187,12 +193,12 @@ class LocalStep:
             send_back(block)
             return handed_on
 
-        with self._watched(), self.boundaries.attached(leave):
+        with self.watched(), self.boundaries.attached(leave):
             yield report
             send_back(last)
 
     @contextmanager
-    def _watched(self) -> Iterator[None]:
+    def watched(self) -> Iterator[None]:
         """Take the notes that terms beside the heads' own losses need."""
         with ExitStack() as stack:
             if self.inlets is not None:
@@ -233,17 +239,21 @@ class LocalStep:
         lesson: _Lesson,
         hear: Callable[[Messages], None],
     ) -> Tensor:
-        """Return the loss of a block's head, with what its routers add."""
+        """Return the loss of a block's head, its reconstruction included, with what its routers add."""
         head = self.heads[block]
         seen = self.seen_by_head(block, hidden, lesson.inputs, lesson.targets)
         if lesson.custom_loss is None:
             loss = head(seen, lesson.targets, hear).sum() * lesson.scale
         else:
             loss = lesson.custom_loss(head.logits(seen, lesson.targets, hear))
+        if head.reconstruction is not None:
+            assert self.inlets is not None, "a reconstruction needs notes of what enters a block"
+            term = head.reconstruction(hidden, self.inlets[block].hidden, lesson.targets)
+            loss = loss + term * lesson.whole
         return loss + self._router_loss(block, router_logits, lesson.targets) if router_logits else loss
 
     def _denoising(self, block: int, hidden: Tensor, lesson: _Lesson) -> Tensor:
-        """Return the term of the block's second run; a term of the batch has the weight of all its targets."""
+        """Return the term of the block's second run."""
         assert self.denoising is not None
         if lesson.inputs is None:
             raise InputsNeededError(
@@ -251,7 +261,7 @@ class LocalStep:
                 "teach(..., inputs=batch), or use BlockLocalConfig(denoising=0)."
             )
         term = self.denoising(block, hidden, lesson.targets, lesson.inputs, lesson.seed)
-        return term * (lesson.targets.elements * lesson.scale)
+        return term * lesson.whole
 
     @contextmanager
     def _head_alone(self, block: int, *, heads_only: bool) -> Iterator[None]:

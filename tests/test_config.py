@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from dataclasses import fields
 
 import pytest
@@ -170,6 +171,10 @@ REFUSALS = {
     "an anchor that pushes": (
         {"anchor": -0.1},
         "anchor must be a number of at least 0, got -0.1.",
+    ),
+    "no end of reconstruction": (
+        {"reconstruction": math.inf},
+        "reconstruction must be a number of at least 0, got inf.",
     ),
     "noise that is rewarded": (
         {"denoising": -1},

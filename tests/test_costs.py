@@ -39,6 +39,13 @@ def test_a_lens_costs_three_products():
     assert more == 3 * 2 * tokens * width * width
 
 
+def test_a_reconstruction_costs_three_products():
+    (plain, batch), (with_decoder, _) = (assembled("bert", head_layers=1, reconstruction=c) for c in (0.0, 1.0))
+    width, tokens = 16, batch["input_ids"].numel()
+    more = operations_of(with_decoder, batch)[0] - operations_of(plain, batch)[0]
+    assert more == 3 * 2 * tokens * width * width
+
+
 @pytest.mark.parametrize("name", ["bert", "vit"])
 def test_the_benchmark_counts_the_same(name, monkeypatch):
     monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "scripts" / "benchmarks"))

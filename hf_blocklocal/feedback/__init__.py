@@ -15,7 +15,7 @@ from hf_blocklocal.feedback.label import LabelFeedback
 from hf_blocklocal.feedback.lens import Lens
 from hf_blocklocal.feedback.prototype import PrototypeFeedback
 from hf_blocklocal.feedback.readout import READOUTS, LinearReadout, MLPReadout
-from hf_blocklocal.losses import LOSSES, SimilarityMatching
+from hf_blocklocal.losses import LOSSES, Reconstruction, SimilarityMatching
 from hf_blocklocal.targets import Alignment, Task
 
 
@@ -41,6 +41,7 @@ def build_head(
     hidden_width: int,
     alignment: Alignment,
     embedding_width: int | None = None,
+    entering_width: int | None = None,
     label_smoothing: float = 0.0,
     above: FeedbackNetwork | None = None,
 ) -> FeedbackHead:
@@ -53,6 +54,7 @@ def build_head(
         hidden_width: Width of the block's output.
         alignment: What the readout looks at.
         embedding_width: Width of the model's target embedding, for a vocabulary.
+        entering_width: Width of the block's input, where that is reconstructed.
         label_smoothing: As in `TrainingArguments.label_smoothing_factor`.
         above: The feedback network of the next block that has one, which a chained network listens to.
 
@@ -97,6 +99,10 @@ def build_head(
     loss_name = "contrast" if borrows and task.target == "vocabulary" else feedback.loss
     loss = LOSSES[loss_name](get_family(family), label_smoothing=label_smoothing)
     readout = nn.Identity() if borrows else READOUTS[config.readout](hidden_width, feedback.units)
+    reconstruction = None
+    if config.reconstruction > 0:
+        assert entering_width is not None, "a reconstruction has a width"
+        reconstruction = Reconstruction(hidden_width, entering_width, weight=config.reconstruction)
     return FeedbackHead(
         readout,
         feedback,
@@ -108,6 +114,7 @@ def build_head(
         satisfied_at=config.satisfied_at,
         similarity=SimilarityMatching(hidden_width) if config.sim > 0 else None,
         sim=config.sim,
+        reconstruction=reconstruction,
     )
 
 

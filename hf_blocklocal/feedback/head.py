@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from hf_blocklocal.feedback.base import FeedbackNetwork
 from hf_blocklocal.feedback.lens import Lens
-from hf_blocklocal.losses import LocalLoss, Messages, SimilarityMatching
+from hf_blocklocal.losses import LocalLoss, Messages, Reconstruction, SimilarityMatching
 from hf_blocklocal.losses.margin import satisfied
 from hf_blocklocal.targets import Alignment, Pooling, Targets
 
@@ -31,6 +31,7 @@ class FeedbackHead(nn.Module):
         satisfied_at: Probability of a target from which on it teaches no longer; None is never.
         similarity: Matches the batch's similarities beside the loss.
         sim: Weight of that, and 1 minus that of the loss. At 1 the loss teaches its own readout, and not the block.
+        reconstruction: Reads the block's input from its output. A term beside `forward`, for whoever knows the input.
     """
 
     def __init__(
@@ -46,6 +47,7 @@ class FeedbackHead(nn.Module):
         satisfied_at: float | None = None,
         similarity: SimilarityMatching | None = None,
         sim: float = 0.0,
+        reconstruction: Reconstruction | None = None,
     ) -> None:
         super().__init__()
         self.readout = readout
@@ -58,6 +60,7 @@ class FeedbackHead(nn.Module):
         self.satisfied_at = satisfied_at
         self.similarity = similarity
         self.sim = sim
+        self.reconstruction = reconstruction
 
     def translate(self, hidden: Tensor) -> Tensor:
         """Return what borrowed layers are to be given in place of the block's output."""
