@@ -158,3 +158,36 @@ def test_global_steps_go_with_checkpointing_and_mixed_precision(setting, tmp_pat
 def test_without_polish_a_step_outside_of_a_run_is_local_too():
     assert not is_global(10, 10, BlockLocalConfig())
     assert not is_global(0, 0, BlockLocalConfig())
+
+
+@pytest.mark.parametrize("values", [{"polish": 1.0}, {"global_every": 1}])
+def test_a_polish_of_adapters_is_the_plain_trainers_to_the_bit(values, tmp_path):
+    peft = pytest.importorskip("peft")
+    config = BlockLocalConfig(num_blocks=4, **values)
+    states = []
+    for kind, extra in ((Trainer, {}), (BlockLocalTrainer, {"block_local": config})):
+        torch.manual_seed(0)
+        lora = peft.LoraConfig(task_type="SEQ_CLS", r=4, target_modules=["query", "value"])
+        model = peft.get_peft_model(SPECIMENS["bert"].build(), lora)
+        before = {key: value.clone() for key, value in model.state_dict().items()}
+        settings = arguments(tmp_path, max_steps=4, max_grad_norm=0)
+        trainer = kind(model, settings, train_dataset=examples(SPECIMENS["bert"]), **extra)
+        trainer.train()
+        states.append(trainer.model.state_dict())
+        moved = {key for key, value in states[-1].items() if not torch.equal(value, before[key])}
+        assert all("lora" in key or "modules_to_save" in key for key in moved)
+        assert all(any(f"layer.{layer}." in key and "lora_B" in key for key in moved) for layer in range(4))
+    assert equal(*states)
+
+
+def test_in_the_last_phase_adapters_of_all_blocks_learn_from_the_models_own_loss(tmp_path):
+    peft = pytest.importorskip("peft")
+    lora = peft.LoraConfig(task_type="SEQ_CLS", r=4, target_modules=["query", "value"])
+    note = Gradients()
+    config = BlockLocalConfig(num_blocks=4, head_layers=0, polish=0.5)
+    model = peft.get_peft_model(SPECIMENS["bert"].build(), lora)
+    trainer = make("bert", tmp_path, model=model, config=config, max_steps=4, callbacks=[note])
+    note.trainer = trainer
+    trainer.train()
+    assert note.blocks == [[True] * 4] * 4
+    assert note.heads == [True, True, False, False]

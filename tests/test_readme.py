@@ -11,6 +11,8 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 from test_configs import script
 from test_quickstart import call
 
@@ -28,7 +30,7 @@ def ran(tmp_path_factory):
     """Run all Python blocks in order, in one namespace, as a reader would.
 
     Returns:
-        What each has printed, and the history of the first training.
+        What each has printed, the history of the first training, and the folder it all happened in.
     """
     folder = tmp_path_factory.mktemp("readme")
     call("prepare_quickstart.py", "--output-dir", ".", folder=folder)
@@ -43,11 +45,23 @@ def ran(tmp_path_factory):
             history = history or namespace["trainer"].state.log_history
     finally:
         os.chdir(before)
-    return printed, history
+    return printed, history, folder
 
 
 def test_every_python_block_runs(ran):
-    assert len(ran[0]) == len(blocks("python")) == 5
+    assert len(ran[0]) == len(blocks("python")) == 6
+
+
+def test_a_polish_with_adapters_ends_in_an_ordinary_checkpoint_with_other_weights(ran):
+    first, polished = (
+        load_file(ran[2] / "runs" / name / "final" / "model.safetensors") for name in ("first", "polish")
+    )
+    assert first.keys() == polished.keys()
+    moved = {key for key in first if not torch.equal(first[key], polished[key])}
+    attention = {
+        f"bert.encoder.layer.{n}.attention.self.{kind}.weight" for n in range(6) for kind in ("query", "value")
+    }
+    assert moved == attention | {"classifier.weight", "classifier.bias"}
 
 
 def test_the_printed_losses_are_those_of_the_run(ran):
