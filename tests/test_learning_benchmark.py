@@ -284,3 +284,12 @@ def test_rows_with_the_same_settings_share_their_runs(scripts, store, tiny):
     assert len(pool.labels) == 3  # with more than two blocks, two layers are the default
     first, second = report["tasks"]["reversal"]["cases"]
     assert first["runs"] == second["runs"]
+
+
+def test_a_case_is_complete_when_all_of_its_seeds_are_there(scripts, store, tiny):
+    rows = some(scripts, "backpropagation")
+    (case,), _ = scripts["learning_cases"].list_cases([tiny], rows, None)
+    run_rows(scripts, store, tiny, rows, seeds=(0,))
+    complete = scripts["learning_cases"].is_complete
+    assert complete(case, store, (0,))
+    assert not complete(case, store, (0, 1))

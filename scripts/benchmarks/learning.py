@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from common import HERE, parse, prepare, write_report
-from learning_cases import Case, estimate, list_cases, missing_runs
+from learning_cases import Case, estimate, is_complete, list_cases, missing_runs
 from learning_report import draw, markdown
 from learning_rows import ROWS, Row
 from learning_runs import Run, Store, execute
@@ -52,6 +52,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(estimate(cases, store, options.seeds, options.jobs), flush=True)
     if options.plan:
         return
+    if options.made:
+        cases = [case for case in cases if is_complete(case, store, options.seeds)]
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(options.jobs, context, start_worker, (options.threads,)) as pool:
         run_all(cases, store, pool, seeds=options.seeds, jobs=options.jobs, again=options.again)
@@ -82,6 +84,7 @@ def arguments() -> argparse.ArgumentParser:
     )
     parser.add_argument("--plot", type=Path, help="Image to draw; needs matplotlib.")
     parser.add_argument("--again", action="store_true", help="Run once more what has failed.")
+    parser.add_argument("--made", action="store_true", help="Run nothing: report the cells whose runs are all there.")
     parser.add_argument("--plan", action="store_true", help="Print the estimate and stop.")
     return parser
 

@@ -71,6 +71,11 @@ def missing_runs(case: Case, store: Store, seeds: Sequence[int], failed_too: Cal
     return [] if best is None else [run for run in case.repeats(best.rate, seeds[1:]) if is_missing(run)]
 
 
+def is_complete(case: Case, store: Store, seeds: Sequence[int]) -> bool:
+    """Tell whether every run of a case has been made, and one of them has not failed."""
+    return not missing_runs(case, store, seeds, lambda run: False) and best_run(case, store, seeds[0]) is not None
+
+
 def best_run(case: Case, store: Store, seed: int) -> Run | None:
     """Return the run of the grid that is best on validation, None if all have failed.
 
