@@ -64,4 +64,5 @@ def test_blocks_take_less_activation_memory_than_backpropagation(prepared):
         "train.py", config, "train_samples=16", "test_samples=8", "training.num_train_epochs=1", folder=prepared
     )
     peaks = [float(line.split()[-2]) for line in printed.splitlines() if line.endswith("MiB")]
-    assert peaks[0] < 0.5 * peaks[1]
+    # Blocks of two layers, and heads that borrow two, of six.
+    assert peaks[0] < 0.7 * peaks[1]
