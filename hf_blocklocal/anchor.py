@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from hf_blocklocal.errors import AnchorMismatchError, UnsupportedSettingError
+from hf_blocklocal.fitting import first_misfit
 
 
 ANCHOR_NAME = "block_local_anchor.safetensors"
@@ -84,14 +85,10 @@ class Anchor:
                 "not known where its weights started. Resume with anchor=0, or train on from the model weights alone."
             )
         tensors: dict[str, Tensor] = load_file(path)
-        here = {name: tuple(tensor.shape) for name, tensor in self._start.items()}
-        there = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-        if here != there:
-            name = sorted(dict(here.items() ^ there.items()))[0]
+        if (misfit := first_misfit(self._start, tensors)) is not None:
             raise AnchorMismatchError(
-                f"The starting weights in {path} do not fit: {name} has shape {there.get(name)} in the file and "
-                f"{here.get(name)} here (None: it is not there). Resume with the cut and the trainable parameters of "
-                "that run."
+                f"The starting weights in {path} do not fit: {misfit}. Resume with the cut and the trainable "
+                "parameters of that run."
             )
         for name, tensor in tensors.items():
             self._start[name].copy_(tensor)

@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from hf_blocklocal.errors import CopiesMismatchError
+from hf_blocklocal.fitting import first_misfit
 
 
 COPIES_NAME = "block_local_copies.safetensors"
@@ -121,7 +122,11 @@ class Copies:
                 "that run, or train on from the model weights alone."
             )
         copies = {key.removeprefix("copy/"): tensor for key, tensor in tensors.items() if key.startswith("copy/")}
-        self._check_fit(path, copies)
+        if (misfit := first_misfit(self._copies, copies)) is not None:
+            raise CopiesMismatchError(
+                f"The borrowed weights in {path} do not fit: {misfit}. Resume with the cut, the head_layers and the "
+                "trainable parameters of that run."
+            )
         self._step = step
         self._waiting.clear()
         with torch.no_grad():
@@ -131,14 +136,3 @@ class Copies:
             if key.startswith("waiting/"):
                 _, used_at, name = key.split("/", 2)
                 self._waiting.setdefault(int(used_at), {})[name] = tensor.to(self._live[name].device)
-
-    def _check_fit(self, path: Path, copies: dict[str, Tensor]) -> None:
-        here = {name: tuple(copy.shape) for name, copy in self._copies.items()}
-        there = {name: tuple(copy.shape) for name, copy in copies.items()}
-        if here != there:
-            name = sorted(dict(here.items() ^ there.items()))[0]
-            raise CopiesMismatchError(
-                f"The borrowed weights in {path} do not fit: {name} has shape {there.get(name)} in the file and "
-                f"{here.get(name)} here (None: it is not there). Resume with the cut, the head_layers and the "
-                "trainable parameters of that run."
-            )

@@ -28,8 +28,8 @@ OWN_HEAD = (
 def default_head_layers(num_blocks: int) -> int:
     """Return how many layers heads borrow by default: one where the model is cut in two, else two.
 
-    The fewest with which blocks learned as well as by backpropagation in the learning benchmark (README): with two
-    blocks a second layer costs memory and gains nothing, with more it does.
+    In the learning benchmark (README), one layer in two blocks came within 1 % of backpropagation's perplexity and
+    above its accuracy on images, and two layers in four blocks within 3.3 %.
     """
     return min(num_blocks - 1, 2)
 

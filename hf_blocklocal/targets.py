@@ -146,6 +146,11 @@ class Targets:
         return hidden + (change_BD[:, :, None, None] if hidden.dim() == 4 else change_BD.unsqueeze(1))
 
 
+def by_position(hidden: Tensor) -> Tensor:
+    """Return a hidden state position by position, (B, S, D), also where it is (B, D, height, width)."""
+    return hidden.flatten(2).transpose(1, 2) if hidden.dim() == 4 else hidden
+
+
 def pool(hidden: Tensor, mask_BS: Tensor | None, pooling: Pooling) -> Tensor:
     """Reduce a sequence of hidden states to one row per sample; padding does not count.
 
@@ -157,7 +162,7 @@ def pool(hidden: Tensor, mask_BS: Tensor | None, pooling: Pooling) -> Tensor:
     Returns:
         (B, D).
     """
-    hidden_BSD = hidden.flatten(2).transpose(1, 2) if hidden.dim() == 4 else hidden
+    hidden_BSD = by_position(hidden)
     if mask_BS is None or mask_BS.shape != hidden_BSD.shape[:2]:
         mask_BS = torch.ones(hidden_BSD.shape[:2], device=hidden.device)
     if pooling == "mean":

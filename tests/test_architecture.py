@@ -11,7 +11,7 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "hf_blocklocal"
 FLOORS = [
     ["errors"],
-    ["combinations"],
+    ["combinations", "fitting"],
     [
         "anatomy",
         "anchor",

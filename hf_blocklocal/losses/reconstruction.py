@@ -7,7 +7,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hf_blocklocal.targets import Targets
+from hf_blocklocal.targets import Targets, by_position
 
 
 class Reconstruction(nn.Module):
@@ -39,15 +39,10 @@ class Reconstruction(nn.Module):
             entering: Its input, with as many positions.
             targets: Targets of the batch, which know its padding.
         """
-        given_BSD = _positions(entering.detach()).float()
-        guess_BSD = self.linear(self.norm(_positions(hidden).to(self.norm.weight.dtype)))
+        given_BSD = by_position(entering.detach()).float()
+        guess_BSD = self.linear(self.norm(by_position(hidden).to(self.norm.weight.dtype)))
         return self.weight * targets.mean_square(guess_BSD - F.layer_norm(given_BSD, given_BSD.shape[-1:]))
 
     def extra_repr(self) -> str:
         """Name the weight."""
         return f"weight={self.weight}"
-
-
-def _positions(hidden: Tensor) -> Tensor:
-    """Return a hidden state position by position, (B, S, D)."""
-    return hidden.flatten(2).transpose(1, 2) if hidden.dim() == 4 else hidden

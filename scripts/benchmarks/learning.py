@@ -54,9 +54,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         return
     if options.made:
         cases = [case for case in cases if is_complete(case, store, options.seeds)]
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(options.jobs, context, start_worker, (options.threads,)) as pool:
-        run_all(cases, store, pool, seeds=options.seeds, jobs=options.jobs, again=options.again)
+    else:
+        context = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(options.jobs, context, start_worker, (options.threads,)) as pool:
+            run_all(cases, store, pool, seeds=options.seeds, jobs=options.jobs, again=options.again)
     if options.output is None and (options.tasks or options.rows or options.blocks):
         options.output = store.folder / "selection.json"  # the committed file is of the whole
     report = summarize(cases, store, seeds=options.seeds, skipped=skipped)

@@ -58,7 +58,7 @@ def summary_of(case: Case, store: Store, seeds: Sequence[int]) -> dict[str, Any]
         "num_blocks": case.num_blocks,
         "rate": best.rate if best else None,
         "at_edge": best is not None and len(rates) > 1 and best.rate in (rates[0], rates[-1]),
-        "settings": case.row.settings(case.num_blocks, single_stack=case.task.single_stack),
+        "settings": grid[0].settings,
         "other_code": local and any(result and result["code"] != package_code() for _, result in results.values()),
         "runs": [{**_short(run, result), "chosen": run in chosen} for run, result in results.values() if result],
     }
