@@ -6,9 +6,7 @@ Glue only. Every override replaces or surrounds one line of the parent and leave
 from __future__ import annotations
 
 import logging
-import shutil
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,10 +16,8 @@ from transformers import Trainer
 from hf_blocklocal.anchor import Anchor
 from hf_blocklocal.assembly import Assembly, assemble, check_structure
 from hf_blocklocal.bootstrap import bootstrap_weight
-from hf_blocklocal.checkpoint import FILES, load_heads_, save_heads
 from hf_blocklocal.compilation import layers_compiled
 from hf_blocklocal.config import BlockLocalConfig
-from hf_blocklocal.copies import Copies
 from hf_blocklocal.data_parallel import broadcast_from_first
 from hf_blocklocal.evaluation import BlockScores
 from hf_blocklocal.meters import BlockLossMeter
@@ -31,13 +27,15 @@ from hf_blocklocal.probe import dataset_to_trace, first_batch, random_state_kept
 from hf_blocklocal.scaling import custom_loss, loss_scale
 from hf_blocklocal.settings import check_arguments, check_launcher, check_loss_settings, check_placement
 from hf_blocklocal.step import StepReport
+from hf_blocklocal.trainer.evaluating import EvaluatesBlocks
+from hf_blocklocal.trainer.saving import SavesBlocks
 from hf_blocklocal.updates import BlockUpdates
 
 
 logger = logging.getLogger(__name__)
 
 
-class BlockLocalTrainer(Trainer):
+class BlockLocalTrainer(EvaluatesBlocks, SavesBlocks, Trainer):
     """Fine-tune a transformers model block by block, each block from its own loss.
 
     Takes the arguments of `transformers.Trainer` and one more. With one block it is the `Trainer`, to the bit. With
@@ -118,11 +116,6 @@ class BlockLocalTrainer(Trainer):
         if self._anchor is None and self.block_local.anchor > 0 and assembly.last > 0:
             self._anchor = Anchor(assembly.lower_weights(), self.block_local.anchor)
         return self._anchor
-
-    @property
-    def _keepsakes(self) -> list[Anchor | Copies]:
-        """What a run that goes on needs beside weights and heads."""
-        return [kept for kept in (self.anchor, self.assembly.copies) if kept is not None]
 
     # ---- Setting up ----
 
@@ -278,73 +271,3 @@ class BlockLocalTrainer(Trainer):
         if "loss" in logs and self.assembly.last > 0:
             logs |= self._meter.pop(self.assembly.cut.num_blocks, self.args.device, self.args.world_size)
         super().log(logs, *args, **kwargs)
-
-    # ---- Evaluation ----
-
-    def evaluation_loop(self, dataloader: Any, description: str, *args: Any, **kwargs: Any) -> Any:
-        """Add to the metrics what each block's head would have predicted."""
-        if self._assembly is None or self._assembly.last == 0 or not self.block_local.evaluate_blocks:
-            return super().evaluation_loop(dataloader, description, *args, **kwargs)
-        self._scores = BlockScores(self._assembly.step)
-        try:
-            output = super().evaluation_loop(dataloader, description, *args, **kwargs)
-            output.metrics.update(self._scores.metrics(kwargs.get("metric_key_prefix", "eval")))
-        finally:
-            self._scores = None
-        return output
-
-    def prediction_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        """Score the heads in the forward pass of the parent's step."""
-        if self._scores is None or inputs.get("labels") is None:
-            return super().prediction_step(model, inputs, *args, **kwargs)
-        inputs = self._prepare_inputs(inputs)
-        with torch.no_grad():
-            targets = self.assembly.read_targets(inputs, whole_vocabulary=True)
-        with self._scores.watch(targets, inputs):
-            result = super().prediction_step(model, inputs, *args, **kwargs)
-        self._scores.add(self.accelerator.gather_for_metrics(self._scores.batch_BK3))
-        return result
-
-    # ---- Checkpoints ----
-
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        """Write config and heads beside the ordinary checkpoint."""
-        super()._save(output_dir, state_dict)
-        if self.args.should_save:
-            folder = output_dir if output_dir is not None else self.args.output_dir
-            (self.block_local if self._assembly is None else self._assembly.config).save_pretrained(folder)
-            if self._assembly is not None:
-                save_heads(folder, heads=self._assembly.heads, cut=self._assembly.cut)
-
-    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        """Write anchor and copies beside the optimizer, for a run that goes on from here."""
-        super()._save_optimizer_and_scheduler(output_dir)
-        for kept in self._keepsakes if self.args.should_save else ():
-            kept.save(output_dir)
-
-    def load_heads(self, folder: str) -> None:
-        """Load the heads saved beside a model, so that an evaluation reports what each block would have predicted.
-
-        Raises:
-            HeadsMismatchError: If they belong to another model or cut. Nothing has been loaded then.
-        """
-        load_heads_(self.assembly.heads, folder, cut=self.assembly.cut)
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        """Load heads, anchor and copies before the model, so that a checkpoint of another cut changes nothing."""
-        for kept in self._keepsakes:
-            kept.load_(resume_from_checkpoint)
-        self.load_heads(resume_from_checkpoint)
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
-
-    def _load_best_model(self) -> None:
-        """Load the heads that belong to the best model."""
-        super()._load_best_model()
-        self.load_heads(self.state.best_model_checkpoint)
-
-    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        """Take config and heads along to the Hub."""
-        if self.is_world_process_zero():
-            for name in FILES:
-                shutil.copy(Path(checkpoint_folder) / name, Path(self.args.output_dir) / name)
-        super()._push_from_checkpoint(checkpoint_folder)

@@ -1,0 +1,39 @@
+"""What the trainer does around an evaluation: it scores the head of every block beside the model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import Trainer
+
+from hf_blocklocal.evaluation import BlockScores
+
+
+class EvaluatesBlocks(Trainer):
+    """Adds to every evaluation what each block by itself would have predicted."""
+
+    def evaluation_loop(self, dataloader: Any, description: str, *args: Any, **kwargs: Any) -> Any:
+        """Add to the metrics what each block's head would have predicted."""
+        if self._assembly is None or self._assembly.last == 0 or not self.block_local.evaluate_blocks:
+            return super().evaluation_loop(dataloader, description, *args, **kwargs)
+        self._scores = BlockScores(self._assembly.step)
+        try:
+            output = super().evaluation_loop(dataloader, description, *args, **kwargs)
+            output.metrics.update(self._scores.metrics(kwargs.get("metric_key_prefix", "eval")))
+        finally:
+            self._scores = None
+        return output
+
+    def prediction_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """Score the heads in the forward pass of the parent's step."""
+        if self._scores is None or inputs.get("labels") is None:
+            return super().prediction_step(model, inputs, *args, **kwargs)
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad():
+            targets = self.assembly.read_targets(inputs, whole_vocabulary=True)
+        with self._scores.watch(targets, inputs):
+            result = super().prediction_step(model, inputs, *args, **kwargs)
+        self._scores.add(self.accelerator.gather_for_metrics(self._scores.batch_BK3))
+        return result

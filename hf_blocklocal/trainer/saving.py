@@ -1,0 +1,65 @@
+"""What the trainer writes beside an ordinary checkpoint, and reads back."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from transformers import Trainer
+
+from hf_blocklocal.anchor import Anchor
+from hf_blocklocal.checkpoint import FILES, load_heads_, save_heads
+from hf_blocklocal.copies import Copies
+
+
+class SavesBlocks(Trainer):
+    """Saves heads, anchor and copies with the model, and resumes from them."""
+
+    @property
+    def _keepsakes(self) -> list[Anchor | Copies]:
+        """What a run that goes on needs beside weights and heads."""
+        return [kept for kept in (self.anchor, self.assembly.copies) if kept is not None]
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        """Write config and heads beside the ordinary checkpoint."""
+        super()._save(output_dir, state_dict)
+        if self.args.should_save:
+            folder = output_dir if output_dir is not None else self.args.output_dir
+            (self.block_local if self._assembly is None else self._assembly.config).save_pretrained(folder)
+            if self._assembly is not None:
+                save_heads(folder, heads=self._assembly.heads, cut=self._assembly.cut)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        """Write anchor and copies beside the optimizer, for a run that goes on from here."""
+        super()._save_optimizer_and_scheduler(output_dir)
+        for kept in self._keepsakes if self.args.should_save else ():
+            kept.save(output_dir)
+
+    def load_heads(self, folder: str) -> None:
+        """Load the heads saved beside a model, so that an evaluation reports what each block would have predicted.
+
+        Raises:
+            HeadsMismatchError: If they belong to another model or cut. Nothing has been loaded then.
+        """
+        load_heads_(self.assembly.heads, folder, cut=self.assembly.cut)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        """Load heads, anchor and copies before the model, so that a checkpoint of another cut changes nothing."""
+        for kept in self._keepsakes:
+            kept.load_(resume_from_checkpoint)
+        self.load_heads(resume_from_checkpoint)
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_best_model(self) -> None:
+        """Load the heads that belong to the best model."""
+        super()._load_best_model()
+        self.load_heads(self.state.best_model_checkpoint)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """Take config and heads along to the Hub."""
+        if self.is_world_process_zero():
+            for name in FILES:
+                shutil.copy(Path(checkpoint_folder) / name, Path(self.args.output_dir) / name)
+        super()._push_from_checkpoint(checkpoint_folder)
