@@ -6,10 +6,10 @@ decided here: the caller's `leave` is told.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, MutableMapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from hf_blocklocal.anatomy import hooks_outside_checkpoint
 from hf_blocklocal.errors import BoundaryNotReachedError
 from hf_blocklocal.partition import Span
+from hf_blocklocal.signals import beside_hidden, first_tensor, hidden_name_in, made_elsewhere, map_tensors
 
 
 Leave = Callable[[int, Tensor, tuple[Tensor, ...]], Tensor | None]
@@ -24,6 +25,29 @@ Leave = Callable[[int, Tensor, tuple[Tensor, ...]], Tensor | None]
 
 Returns what is handed on in place of the hidden state; nothing for the hidden state itself, detached.
 """
+
+
+class EndOfBlock(BaseException):
+    """Ends a forward pass where this process's block ends. Not an error, so nothing that handles errors stops it."""
+
+
+class Station(Protocol):
+    """Where one block of a model is at work, while the others are elsewhere.
+
+    Attributes:
+        block: The block.
+    """
+
+    block: int
+
+    def standing_in(self) -> AbstractContextManager[None]:
+        """Let something stand in, inside the `with`, for the layers below the block."""
+
+    def side_input(self, layer: int, name: int | str, value: Any) -> Any:
+        """Return what a layer is to be given for an input beside its hidden state that other blocks have made."""
+
+    def hand_on(self, output: Any) -> None:
+        """Take what the last layer of the block has returned, detached, for the block above."""
 
 
 @dataclass(frozen=True)
@@ -86,6 +110,10 @@ class Trail:
 class Boundaries:
     """The hooks that cut a model.
 
+    Attributes:
+        station: Where one of its blocks is at work, if the others are elsewhere; None where all of them are here.
+        entries: The first layer of every block.
+
     A block's hidden state is handed to `leave` where its last layer returns, and everything that layer returns goes on
     detached. Side inputs of a layer, such as position biases or the states of an encoder, are trained by the block
     that holds the first layer of the stack; in every other block they are detached on the way into a layer, unless a
@@ -99,7 +127,9 @@ class Boundaries:
 
     def __init__(self, model: nn.Module, cut: Cut, routers: Mapping[str, int] | None = None) -> None:
         self.cut = cut
+        self.station: Station | None = None
         self._layers = [model.get_submodule(path) for path in cut.layers]
+        self.entries = {block: self._layers[span.start] for block, span in enumerate(cut.spans) if cut.layers}
         stacks = cut.stacks
         self._ends_of_stacks = [index for index in range(len(stacks) - 1) if stacks[index] != stacks[index + 1]]
         self._routers = {
@@ -108,29 +138,46 @@ class Boundaries:
             if (block := cut.block_of_path(path)) is not None and block < cut.num_blocks - 1
         }
 
+    @property
+    def first_taught(self) -> int:
+        """The lowest block that is at work here."""
+        return 0 if self.station is None else self.station.block
+
     @contextmanager
-    def attached(self, leave: Leave) -> Iterator[None]:
+    def attached(
+        self, leave: Leave, *, late: bool = False, observe: Callable[[int, int | str, Any], None] | None = None
+    ) -> Iterator[None]:
         """Cut the forward pass that runs inside the `with`.
 
         Args:
             leave: Called at the end of every block but the last.
+            late: Whether what is handed on is known only when `leave` has returned.
+            observe: Told, of every layer whose block does not hold the first layer of its stack, what it is given
+                beside its hidden state that no layer of its block has made: the layer, position or name, value.
 
         Raises:
             BoundaryNotReachedError: If the forward pass did not come by the end of every block exactly once.
         """
-        visit = self._visit = _Visit(self.cut, leave)
+        station = self.station
+        here = range(self.cut.num_blocks) if station is None else range(station.block, station.block + 1)
+        visit = self._visit = _Visit(here[: self.cut.num_blocks - 1 - here.start], leave, station, late, observe)
         with ExitStack() as stack:
             for router, (block, index) in self._routers.items():
-                stack.callback(router.register_forward_hook(visit.tap(block, index), prepend=True).remove)
-            for index, layer in enumerate(self._layers):
+                if block in here:
+                    stack.callback(router.register_forward_hook(visit.tap(block, index), prepend=True).remove)
+            for index in range(self.cut.spans[here[0]].start, self.cut.spans[here[-1]].stop if self._layers else 0):
                 if not self.cut.owns_stack_start(index):
-                    stack.callback(layer.register_forward_pre_hook(visit.enter, with_kwargs=True).remove)
+                    layer = self._layers[index]
+                    stack.callback(layer.register_forward_pre_hook(visit.enter(index), with_kwargs=True).remove)
                     stack.callback(layer.register_forward_hook(visit.remember).remove)
-            for block, span in enumerate(self.cut.spans[:-1]):
-                stack.enter_context(hooks_outside_checkpoint(self._layers[span.last]))
-                stack.callback(self._layers[span.last].register_forward_hook(visit.leave(block)).remove)
+            for block in visit.expected:
+                last = self._layers[self.cut.spans[block].last]
+                stack.enter_context(hooks_outside_checkpoint(last))
+                stack.callback(last.register_forward_hook(visit.leave(block)).remove)
             for index in self._ends_of_stacks:  # behind the hooks of the blocks, to see what those hand on
                 stack.callback(self._layers[index].register_forward_hook(visit.note_end(index)).remove)
+            if station is not None:
+                stack.enter_context(station.standing_in())
             yield
             visit.check_complete()
 
@@ -157,34 +204,57 @@ class Boundaries:
 class _Visit:
     """What the hooks of one forward pass remember."""
 
-    def __init__(self, cut: Cut, leave: Leave) -> None:
-        self._expected = list(range(cut.num_blocks - 1))
+    def __init__(
+        self,
+        expected: range,
+        leave: Leave,
+        station: Station | None,
+        late: bool,
+        observe: Callable[[int, int | str, Any], None] | None,
+    ) -> None:
+        self.expected = expected
         self._left: list[int] = []
         self._leave = leave
+        self._station = station
+        self._late = late
+        self._observe = observe
         self._made_here: list[Tensor] = []
         self._router_logits: list[Tensor] = []
         self._leaving = False
         self.suspended = False
         self.trail = Trail()
 
-    def enter(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
+    def enter(self, index: int) -> Callable[..., Any]:
         """Detach the side inputs of a layer that other blocks have made."""
-        if self.suspended:
-            return None
-        made_here = {id(tensor) for tensor in self._made_here}
 
-        def detach(tensor: Tensor) -> Tensor:
-            return tensor.detach() if tensor.requires_grad and id(tensor) not in made_here else tensor
+        def hook(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
+            if self.suspended:
+                return None
+            made_here = {id(tensor) for tensor in self._made_here}
 
-        hidden_name = None if args else _hidden_name(kwargs)
-        side_kwargs = {name: value for name, value in kwargs.items() if name != hidden_name}
-        return (*args[:1], *map_tensors(args[1:], detach)), {**kwargs, **map_tensors(side_kwargs, detach)}
+            def detach(tensor: Tensor) -> Tensor:
+                return tensor.detach() if tensor.requires_grad and id(tensor) not in made_here else tensor
+
+            def side(name: int | str, value: Any) -> Any:
+                if made_elsewhere(value, made_here):
+                    if self._observe is not None:
+                        self._observe(index, name, value)
+                    if self._station is not None:
+                        value = self._station.side_input(index, name, value)
+                return map_tensors(value, detach)
+
+            hidden_name = None if args else hidden_name_in(kwargs)
+            sides = {name: side(name, value) for name, value in kwargs.items() if name != hidden_name}
+            return (*args[:1], *(side(place, value) for place, value in enumerate(args[1:], 1))), {**kwargs, **sides}
+
+        return hook
 
     def remember(self, layer: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """Note what a layer has made, for the later layers of its block."""
         if self.suspended:
             return
-        map_tensors(output, lambda tensor: self._made_here.append(tensor) if tensor.requires_grad else None)
+        alone = self._station is not None
+        map_tensors(output, lambda tensor: self._made_here.append(tensor) if tensor.requires_grad or alone else None)
 
     def tap(self, block: int, index: int) -> Callable[..., Any]:
         """Keep a router's logits for the loss of its block, as a tensor that can be detached in place later."""
@@ -217,6 +287,8 @@ class _Visit:
             self._leaving = True
             hidden = first_tensor(output)
             self.trail.beside = beside_hidden(output)
+            if self._station is not None and not self._late:
+                self._station.hand_on(map_tensors(output, Tensor.detach))
             handed_on = self._leave(block, hidden, tuple(self._router_logits))
             self._leaving = False
             self._left.append(block)
@@ -225,66 +297,23 @@ class _Visit:
             self._router_logits.clear()
             self._made_here.clear()
             self.trail = Trail(ends=self.trail.detached().ends)
-            return map_tensors(
+            output = map_tensors(
                 output, lambda tensor: handed_on if handed_on is not None and tensor is hidden else tensor.detach()
             )
+            if self._station is not None:
+                if self._late:
+                    self._station.hand_on(output)
+                raise EndOfBlock
+            return output
 
         return hook
 
     def check_complete(self) -> None:
-        if self._left != self._expected:
+        if self._left != list(self.expected):
             raise BoundaryNotReachedError(
-                f"A forward pass came by the ends of blocks {self._left}, not {self._expected}: a last layer of a "
-                "block was skipped or ran twice. Random layer dropping and re-entrant checkpointing do this."
+                f"A forward pass came by the ends of blocks {self._left}, not {list(self.expected)}: a last layer of "
+                "a block was skipped or ran twice. Random layer dropping and re-entrant checkpointing do this."
             )
-
-
-def given_hidden(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:
-    """Return the hidden state that a layer is given: its first argument, or the one named so. None if neither is."""
-    return args[0] if args else kwargs.get(_hidden_name(kwargs))
-
-
-def with_hidden(args: tuple[Any, ...], kwargs: Mapping[str, Any], hidden: Tensor) -> tuple[Any, Any]:
-    """Return the arguments of a layer with another hidden state in them."""
-    return ((hidden, *args[1:]), dict(kwargs)) if args else (args, {**kwargs, _hidden_name(kwargs): hidden})
-
-
-def _hidden_name(kwargs: Mapping[str, Any]) -> str | None:
-    return next((name for name in kwargs if name.startswith("hidden_state")), None)
-
-
-def first_tensor(output: Any) -> Tensor:
-    """Return the hidden state from what a layer returns: the tensor itself, or the first of a sequence."""
-    return (
-        output
-        if isinstance(output, Tensor)
-        else next(iter(output.values() if isinstance(output, Mapping) else output))
-    )
-
-
-def beside_hidden(output: Any) -> tuple[Any, ...]:
-    """Return what a layer returns beside its hidden state, in its order."""
-    if isinstance(output, Tensor):
-        return ()
-    return tuple(output.values() if isinstance(output, Mapping) else output)[1:]
-
-
-def map_tensors(value: Any, function: Callable[[Tensor], Any]) -> Any:
-    """Apply a function to every tensor in nested tuples, lists and mappings.
-
-    Sequences are built anew; mappings are changed in place, because layers share them to hand states to each other.
-    A function that returns nothing leaves its tensor alone.
-    """
-    if isinstance(value, Tensor):
-        result = function(value)
-        return value if result is None else result
-    if isinstance(value, tuple | list):
-        items = [map_tensors(item, function) for item in value]
-        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
-    if isinstance(value, MutableMapping):
-        for key, item in list(value.items()):
-            value[key] = map_tensors(item, function)
-    return value
 
 
 def reached_parameters(output: Tensor) -> set[nn.Parameter]:

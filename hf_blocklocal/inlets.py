@@ -7,30 +7,11 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from hf_blocklocal.blocks import Boundaries, given_hidden
-
-
-@dataclass(frozen=True)
-class RandomState:
-    """Where torch's random streams stood, on the CPU and on the device of a tensor."""
-
-    cpu: Tensor
-    device: torch.device
-    on_device: Tensor | None
-
-    @classmethod
-    def now(cls, device: torch.device) -> RandomState:
-        """Note where they stand."""
-        return cls(torch.get_rng_state(), device, torch.cuda.get_rng_state(device) if device.type == "cuda" else None)
-
-    def set(self) -> None:
-        """Put them there again."""
-        torch.set_rng_state(self.cpu)
-        if self.on_device is not None:
-            torch.cuda.set_rng_state(self.on_device, self.device)
+from hf_blocklocal.blocks import Boundaries
+from hf_blocklocal.randomness import RandomState
+from hf_blocklocal.signals import given_hidden
 
 
 @dataclass(frozen=True)

@@ -15,10 +15,11 @@ from typing import Any
 from torch import Tensor, nn
 
 from hf_blocklocal.anatomy import hooks_outside_checkpoint
-from hf_blocklocal.blocks import Boundaries, beside_hidden, first_tensor, given_hidden, map_tensors, with_hidden
+from hf_blocklocal.blocks import Boundaries
 from hf_blocklocal.inlets import Inlets
 from hf_blocklocal.lending import read_only, replaced_forward, run_inside
 from hf_blocklocal.probe import random_state_kept
+from hf_blocklocal.signals import beside_hidden, first_tensor, given_hidden, map_tensors, with_hidden
 
 
 class _BlockEnded(Exception):  # noqa: N818

@@ -18,9 +18,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hf_blocklocal.anatomy import is_encoder_decoder
-from hf_blocklocal.blocks import Cut, Trail, beside_hidden
+from hf_blocklocal.blocks import Cut, Trail
 from hf_blocklocal.copies import Copies
 from hf_blocklocal.lending import read_only, replaced_forward, run_inside
+from hf_blocklocal.signals import beside_hidden
 from hf_blocklocal.trace import Trace
 
 

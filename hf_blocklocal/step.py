@@ -22,6 +22,7 @@ from hf_blocklocal.feedback import FeedbackHead
 from hf_blocklocal.inlets import Inlets
 from hf_blocklocal.losses import Messages
 from hf_blocklocal.overlap import Interlock
+from hf_blocklocal.randomness import stream_per_block
 from hf_blocklocal.shortcut import Shortcut
 from hf_blocklocal.targets import Targets
 
@@ -132,7 +133,7 @@ class LocalStep:
         custom_loss: Callable[[Tensor], Tensor] | None = None,
         heads_only: bool = False,
         bootstrap: float = 0.0,
-        seed: tuple[int, ...] = (0,),
+        seed: tuple[int, ...] | None = None,
     ) -> Iterator[StepReport]:
         """Let each block learn at its end, in the forward pass that runs inside the `with`.
 
@@ -147,12 +148,14 @@ class LocalStep:
             custom_loss: Maps the logits (B, C) that a head predicts to a loss, in place of the head's own.
             heads_only: Whether only the heads learn, and the last block; the losses are reported all the same.
             bootstrap: Weight of the target's message in what blocks hand on; needs learned feedback.
-            seed: What noise is drawn from, for example run, step and micro-batch.
+            seed: What dropout and noise are drawn from, for example run, step and micro-batch. Default: torch's
+                global stream.
 
         Yields:
             The report, filled as the forward pass comes by the ends of the blocks.
         """
-        report = StepReport()
+        report = StepReport(first=self.boundaries.first_taught)
+        seed = (int(torch.randint(1 << 31, ())),) if seed is None and targets is not None else seed or ()
         lesson = _Lesson(targets, scale, inputs, custom_loss, seed)
         last = self.boundaries.cut.num_blocks - 1
         interlock = Interlock(0 if heads_only else self.overlap, last)
@@ -193,9 +196,17 @@ class LocalStep:
             send_back(block)
             return handed_on
 
-        with self.watched(), self.boundaries.attached(leave):
+        with self._own_streams(lesson), self.watched(), self.boundaries.attached(leave, late=bootstrap > 0):
             yield report
             send_back(last)
+
+    def _own_streams(self, lesson: _Lesson) -> AbstractContextManager[None]:
+        """Let every block draw from a random stream of its own; a single block draws from the global one."""
+        boundaries = self.boundaries
+        if lesson.targets is None:
+            return nullcontext()
+        device = lesson.targets.values.device
+        return stream_per_block(boundaries.entries, lesson.seed, device, paused=lambda: boundaries.is_suspended)
 
     @contextmanager
     def watched(self) -> Iterator[None]:

@@ -21,10 +21,11 @@ from hf_blocklocal.anatomy import (
     shifts_labels,
     vocabulary_size,
 )
-from hf_blocklocal.blocks import Boundaries, Cut, beside_hidden, first_tensor, given_hidden, reached_parameters
+from hf_blocklocal.blocks import Boundaries, Cut, reached_parameters
 from hf_blocklocal.config import BlockLocalConfig
 from hf_blocklocal.errors import CutError, TargetError
 from hf_blocklocal.partition import Span, even_spans, spans_by_cost, spans_from_boundaries
+from hf_blocklocal.signals import beside_hidden, first_tensor, given_hidden
 from hf_blocklocal.targets import Task, describe_task, labels_of
 
 

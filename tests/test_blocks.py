@@ -11,10 +11,11 @@ from transformers.modeling_outputs import BaseModelOutput
 from zoo import SPECIMENS
 
 from hf_blocklocal.anatomy import find_stacks
-from hf_blocklocal.blocks import Boundaries, Cut, first_tensor, map_tensors, reached_parameters
+from hf_blocklocal.blocks import Boundaries, Cut, reached_parameters
 from hf_blocklocal.config import BlockLocalConfig
 from hf_blocklocal.errors import BoundaryNotReachedError
 from hf_blocklocal.partition import Span, spans_from_boundaries
+from hf_blocklocal.signals import first_tensor, map_tensors
 from hf_blocklocal.trace import owners_of, plan_cut, trace_layers, trace_reach
 
 

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 from transformers import Trainer
 
-from hf_blocklocal.blocks import first_tensor
 from hf_blocklocal.callbacks.base import BlockCallback, collated, undisturbed
 from hf_blocklocal.errors import TargetError, UnsupportedSettingError
+from hf_blocklocal.signals import first_tensor
 from hf_blocklocal.targets import Alignment, Targets, choose_alignment, read_targets
 
 

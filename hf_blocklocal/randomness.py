@@ -1,0 +1,72 @@
+"""Random streams that depend on what is computed, not on which process computes it.
+
+Every block draws its dropout from a stream of its own, seeded from the run, the step, the micro-batch and the block.
+So a block sees the same masks in one process with the others and in one of its own, and the stream that data loading
+draws from goes on as if no block had drawn anything.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hf_blocklocal.sampling import mixed
+
+
+@dataclass(frozen=True)
+class RandomState:
+    """Where torch's random streams stood, on the CPU and on the device of a tensor."""
+
+    cpu: Tensor
+    device: torch.device
+    on_device: Tensor | None
+
+    @classmethod
+    def now(cls, device: torch.device) -> RandomState:
+        """Note where they stand."""
+        return cls(torch.get_rng_state(), device, torch.cuda.get_rng_state(device) if device.type == "cuda" else None)
+
+    def set(self) -> None:
+        """Put them there again."""
+        torch.set_rng_state(self.cpu)
+        if self.on_device is not None:
+            torch.cuda.set_rng_state(self.on_device, self.device)
+
+
+@contextmanager
+def stream_per_block(
+    entries: Mapping[int, nn.Module],
+    seed: tuple[int, ...],
+    device: torch.device,
+    *,
+    paused: Callable[[], bool] = lambda: False,
+) -> Iterator[None]:
+    """Give every block its own random stream in the forward pass that runs inside the `with`.
+
+    Args:
+        entries: The first layer of blocks. What runs before the first of them draws from the stream of block 0.
+        seed: What the streams are made from, for example run, step and micro-batch.
+        device: Where the model draws.
+        paused: Whether a layer that is entered now runs for another purpose, and leaves the stream alone.
+    """
+    before = RandomState.now(device)
+
+    def start(block: int) -> Callable[..., None]:
+        def hook(_layer: nn.Module, _args: tuple[Any, ...]) -> None:
+            if not paused():
+                torch.manual_seed(mixed((*seed, block)))
+
+        return hook
+
+    with ExitStack() as stack:
+        stack.callback(before.set)
+        for block, layer in entries.items():
+            if block > 0:
+                stack.callback(layer.register_forward_pre_hook(start(block)).remove)
+        torch.manual_seed(mixed((*seed, 0)))
+        yield
