@@ -66,8 +66,7 @@ def taught(assembly, model, batch, *, custom_loss=nothing, **options):
         backward=torch.Tensor.backward,
         learned=lambda *_: None,
         custom_loss=custom_loss,
-        seed=(0,),
-        **options,
+        **{"seed": (0,), **options},
     )
     with lesson as report:
         model(**batch)
