@@ -75,6 +75,7 @@ class Assembly:
         parameters: The parameters of each block and its head, in the model's order.
         step: Runs one local training step.
         counts_items: Whether the model's own loss heeds `num_items_in_batch`.
+        forms: For each layer, 0 if it returns its hidden state, n if it returns a tuple of n that starts with it.
         head_costs: Operations of each head as a share of those of its block, forward and backward, in the traced
             batch; none where that has no target that counts.
     """
@@ -86,6 +87,7 @@ class Assembly:
     parameters: tuple[tuple[nn.Parameter, ...], ...]
     step: LocalStep
     counts_items: bool
+    forms: tuple[int, ...] = ()
     head_costs: tuple[float, ...] = ()
 
     @property
@@ -291,6 +293,7 @@ def assemble(
             denoising=denoising,
         ),
         counts_items=trace.counts_items,
+        forms=trace.forms,
     )
     targets = assembly.read_targets(inputs)
     if len(targets) > 0:

@@ -178,6 +178,7 @@ class Boundaries:
                 stack.callback(self._layers[index].register_forward_hook(visit.note_end(index)).remove)
             if station is not None:
                 stack.enter_context(station.standing_in())
+            stack.callback(visit.forget)
             yield
             visit.check_complete()
 
@@ -307,6 +308,12 @@ class _Visit:
             return output
 
         return hook
+
+    def forget(self) -> None:
+        """Let go of all tensors."""
+        self._made_here.clear()
+        self._router_logits.clear()
+        self.trail = Trail()
 
     def check_complete(self) -> None:
         if self._left != list(self.expected):

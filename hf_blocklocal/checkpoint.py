@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 
 from safetensors import safe_open
@@ -19,17 +20,17 @@ HEADS_NAME = "block_local_heads.safetensors"
 FILES = (CONFIG_NAME, HEADS_NAME)
 
 
-def save_heads(save_directory: str | os.PathLike[str], *, heads: nn.Module, cut: Cut) -> None:
+def save_heads(save_directory: str | os.PathLike[str], *, heads: Mapping[str, Tensor], cut: Cut) -> None:
     """Write `block_local_heads.safetensors` into a folder.
 
     Args:
         save_directory: The folder of the checkpoint.
-        heads: The heads; with a single block there are none, and the file says so.
+        heads: State dict of the heads; with a single block there are none, and the file says so.
         cut: Where the model was cut, kept in the file's metadata.
     """
     # One entry, because safetensors writes several in an order that differs from file to file.
     metadata = {"boundaries": json.dumps([span.start for span in cut.spans[1:]])}
-    tensors = {name: tensor.detach().contiguous() for name, tensor in heads.state_dict().items()}
+    tensors = {name: tensor.detach().contiguous() for name, tensor in heads.items()}
     folder = Path(save_directory)
     folder.mkdir(parents=True, exist_ok=True)
     save_file(tensors, folder / HEADS_NAME, metadata=metadata)

@@ -23,6 +23,7 @@ def check_combinations(config: Any) -> None:
     _check_head(config)
     _check_refresh(config)
     _check_bootstrap(config)
+    _check_parallel(config)
 
 
 def _check_head(config: Any) -> None:
@@ -99,3 +100,33 @@ def _check_bootstrap(config: Any) -> None:
                 "feedback network is carried into what a block hands on through its linear readout, without "
                 f"gradient. Use {name}={possible[-1]!r}, or leave bootstrap out."
             )
+
+
+def _check_parallel(config: Any) -> None:
+    size = config.block_parallel_size
+    if size == 1:
+        return
+    if size != config.num_blocks:
+        raise ConfigError(
+            f"block_parallel_size={size} and num_blocks={config.num_blocks} do not go together: every block gets a "
+            f"process of its own. Use block_parallel_size={config.num_blocks}, or 1 for all blocks in one process."
+        )
+    alone = {
+        "overlap": 0,
+        "anchor": 0.0,
+        "global_every": None,
+        "polish": 0.0,
+        "feedback": ("auto", "direct", "label", "prototype"),
+    }
+    for name, possible in alone.items():
+        value = getattr(config, name)
+        if value not in (possible if isinstance(possible, tuple) else (possible,)):
+            raise ConfigError(
+                f"block_parallel_size={size} and {name}={value!r} exclude each other: a block in a process of its own "
+                "sees neither the gradients nor the feedback networks of the others. Leave one of the two out."
+            )
+    if config.tied_weights == "add":
+        raise ConfigError(
+            f"block_parallel_size={size} and tied_weights='add' exclude each other: the gradients of a weight that is "
+            "used in several processes are nowhere together. Use tied_weights='untie' or 'freeze'."
+        )

@@ -61,6 +61,20 @@ class BlockLocalConfig:
     balance: Literal["layers", "cost"] = _help(
         "layers", "What the blocks are equal in: layers, or measured floating-point operations of a traced batch."
     )
+    block_parallel_size: int = _help(
+        1,
+        "Processes that a model is spread over, one block each: 1, or num_blocks. With K of them, accelerate launch "
+        "--num_processes D*K makes D chains of K blocks.",
+    )
+    tied_weights: Literal["auto", "add", "untie", "freeze"] = _help(
+        "auto",
+        "What becomes of a weight that several blocks use, such as a tied embedding: add up the gradients, untie the "
+        "language-model head from the input embedding, or freeze it. Auto adds up in one process, and where blocks "
+        "are in several it unties, or freezes where that is not possible.",
+    )
+    peer_timeout: float = _help(
+        25.0, "Seconds without a sign of life after which a process that holds another block counts as lost."
+    )
     layers: tuple[str, ...] | None = _help(
         None, "Dotted names of the lists of layers to cut, for models whose structure does not show them."
     )
@@ -190,7 +204,7 @@ class BlockLocalConfig:
                 raise ConfigError(f"{name}={value!r} is not known. Choose one of {list(choices)}.")
 
     def _check_numbers(self) -> None:
-        positive = dict.fromkeys(("num_blocks", "latent_dim", "negatives", "global_every"), 1)
+        positive = dict.fromkeys(("num_blocks", "latent_dim", "negatives", "global_every", "block_parallel_size"), 1)
         others = dict.fromkeys(
             ("head_layers", "head_refresh_steps", "head_refresh_lag", "overlap", "head_warmup_steps"), 0
         )
@@ -219,6 +233,10 @@ class BlockLocalConfig:
             object.__setattr__(self, name, float(value))
 
     def _check_shares(self) -> None:
+        timeout = self.peer_timeout
+        if isinstance(timeout, bool) or not isinstance(timeout, int | float) or not 3 <= timeout < math.inf:
+            raise ConfigError(f"peer_timeout must be a number of seconds of at least 3, got {timeout!r}.")
+        object.__setattr__(self, "peer_timeout", float(timeout))
         for name in ("block_lr_decay",):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= 1:

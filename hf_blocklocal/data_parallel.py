@@ -19,10 +19,12 @@ class GradientAverager:
 
     Args:
         world_size: Processes, each of which holds a copy.
+        group: Group of those processes; all there are by default.
     """
 
-    def __init__(self, world_size: int) -> None:
+    def __init__(self, world_size: int, group: dist.ProcessGroup | None = None) -> None:
         self.world_size = world_size
+        self.group = group
         self._pending: list[_Bucket] = []
 
     def start(self, parameters: Sequence[nn.Parameter]) -> None:
@@ -33,7 +35,7 @@ class GradientAverager:
         for parameter in parameters:
             if parameter.requires_grad:
                 by_kind[parameter.dtype, parameter.device].append(parameter)
-        self._pending.extend(_Bucket(bucket) for bucket in by_kind.values())
+        self._pending.extend(_Bucket(bucket, self.group) for bucket in by_kind.values())
 
     def finish(self) -> None:
         """Wait for all gradients sent off so far and put the averages in place."""
@@ -45,7 +47,7 @@ class GradientAverager:
 class _Bucket:
     """Gradients of one dtype on one device, flat, followed by a flag per parameter that tells whether it had one."""
 
-    def __init__(self, parameters: Sequence[nn.Parameter]) -> None:
+    def __init__(self, parameters: Sequence[nn.Parameter], group: dist.ProcessGroup | None) -> None:
         self.parameters = parameters
         present = [parameter.grad is not None for parameter in parameters]
         pieces = [
@@ -53,7 +55,7 @@ class _Bucket:
             for parameter, has in zip(parameters, present, strict=True)
         ]
         self.flat = torch.cat([*pieces, pieces[0].new_tensor(present)])
-        self.work = dist.all_reduce(self.flat, async_op=True)
+        self.work = dist.all_reduce(self.flat, async_op=True, group=group)
 
     def finish(self, world_size: int) -> None:
         self.work.wait()
@@ -65,10 +67,16 @@ class _Bucket:
                 parameter.grad = gradient.view_as(parameter)
 
 
-def broadcast_from_first(tensors: Iterable[Tensor]) -> None:
-    """Give every process the first one's values, in place."""
+def broadcast_from_first(tensors: Iterable[Tensor], group: dist.ProcessGroup | None = None) -> None:
+    """Give every process of a group the first one's values, in place."""
     for tensor in tensors:
-        dist.broadcast(tensor.detach(), src=0)
+        dist.broadcast(tensor.detach(), group=group, group_src=0)
+
+
+def sum_over_processes(values: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
+    """Return the sum of a tensor over the processes of a group, in place."""
+    dist.all_reduce(values, group=group)
+    return values
 
 
 def average_over_processes(values: Tensor, world_size: int) -> Tensor:

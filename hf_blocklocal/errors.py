@@ -69,3 +69,11 @@ class MissingExtraError(BlockLocalError, ImportError):
 
 class NothingToDrawError(BlockLocalError, ValueError):
     """A folder holds no run, or one with nothing to draw. Name another folder, or train with logs or callbacks."""
+
+
+class BlockPeerError(BlockLocalError, RuntimeError):
+    """A process that holds another block is gone, stuck or has failed. Resume from the last checkpoint."""
+
+
+class BatchMismatchError(BlockLocalError, RuntimeError):
+    """Processes of one chain read different batches. Make data loading the same in all of them, then start again."""

@@ -8,7 +8,7 @@ fill a batch.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -66,6 +66,11 @@ class BlockScores:
         """Add the scores of samples to the sums."""
         sums_K3 = gathered_BK3.double().sum(0)
         self._sums_K3 = sums_K3 if self._sums_K3 is None else self._sums_K3 + sums_K3
+
+    def gather(self, add_up: Callable[[Tensor], Tensor]) -> None:
+        """Add up what processes with different blocks have found; each knows nothing of the others' blocks."""
+        if self._sums_K3 is not None:
+            self._sums_K3 = add_up(self._sums_K3)
 
     def metrics(self, prefix: str) -> dict[str, float]:
         """Return `{prefix}_block_k_loss` and, where there is a right or wrong, `{prefix}_block_k_accuracy`."""

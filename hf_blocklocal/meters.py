@@ -17,9 +17,13 @@ class BlockLossMeter:
 
     In a global step only the last block has a loss; the means of the others are over the steps that had theirs. Where
     backward messages are learned, the halves of a block's bound are summed too, and divided by targets.
+
+    Args:
+        alone: The block that is in this process, if the others are elsewhere.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, alone: int | None = None) -> None:
+        self.alone = alone
         self.skipped_batches = 0
         self._forget()
 
@@ -37,8 +41,8 @@ class BlockLossMeter:
         """Add one micro-batch.
 
         Args:
-            losses: Loss of every block.
-            halves: For every block but the last, the two halves of its bound, summed over targets; empty if no
+            losses: Loss of every block that is here.
+            halves: For every such block but the last, the two halves of its bound, summed over targets; empty if no
                 backward message is learned.
             targets: How many targets those sums are over.
             completes_step: Whether it is the last one of its optimizer step.
@@ -73,13 +77,20 @@ class BlockLossMeter:
             device: Where processes meet.
             world_size: Processes; all of them must call.
         """
-        sums_K = torch.zeros(num_blocks, device=device) if self._sums_K is None else self._sums_K.to(device)
+        sums_K = torch.zeros(num_blocks, device=device)
+        if self._sums_K is not None:
+            sums_K[self._here(num_blocks)] = self._sums_K.to(device)
         steps_K = torch.full_like(sums_K, max(self._local_steps, 1))
         if self._global_steps > 0:
             steps_K[-1] = self._local_steps + self._global_steps
             sums_K[-1] += 0 if self._last_alone is None else self._last_alone.to(device)
-        halves_H2 = torch.zeros(num_blocks - 1, 2, device=device) if self._halves_H2 is None else self._halves_H2
-        said = [sums_K / steps_K, halves_H2.flatten().to(device), sums_K.new_tensor([self._targets])]
+        halves_H2 = torch.zeros(num_blocks - 1, 2, device=device)
+        if self._halves_H2 is not None:
+            halves_H2[self._here(num_blocks - 1)] = self._halves_H2.to(device)
+        said = [sums_K / steps_K, halves_H2.flatten(), sums_K.new_tensor([self._targets])]
+        if self.alone is not None:  # each of these numbers is known to one process in K
+            said[:2] = [num_blocks * values for values in said[:2]]
+            said[2] *= num_blocks / (num_blocks - 1)  # the last block, which has no head, counts none
         # One vector of the same length in every process, one of which may have skipped all its batches.
         *values, targets = average_over_processes(torch.cat(said), world_size).tolist()
         first = num_blocks - 1 if self._global_steps > 0 and self._local_steps == 0 else 0
@@ -89,6 +100,9 @@ class BlockLossMeter:
             for block, half in enumerate(range(num_blocks, len(values), 2)):
                 logs[f"block_{block}/kl"], logs[f"block_{block}/nll"] = (x / targets for x in values[half : half + 2])
         return logs | ({"skipped_batches": self.skipped_batches} if self.skipped_batches else {})
+
+    def _here(self, count: int) -> slice:
+        return slice(count) if self.alone is None else slice(self.alone, self.alone + 1)
 
 
 def _sum(so_far: Tensor | None, values: Sequence[Tensor], device: torch.device) -> Tensor:

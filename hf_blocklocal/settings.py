@@ -63,6 +63,49 @@ def check_launcher(distributed_type: str, mixed_precision: str, config: BlockLoc
         )
 
 
+def check_block_parallel(args: TrainingArguments, config: BlockLocalConfig) -> None:
+    """Refuse what cannot work where every block has a process of its own.
+
+    Raises:
+        UnsupportedSettingError: For the first such argument.
+    """
+    size = f"block_parallel_size={config.block_parallel_size}"
+    refused = {
+        "auto_find_batch_size": (bool(args.auto_find_batch_size), "one process would try again while others wait"),
+        "group_by_length": (
+            bool(getattr(args, "group_by_length", False))
+            or str(getattr(args, "train_sampling_strategy", "")).endswith(("group_by_length", "batch_rebalance")),
+            "its sampler draws differently in every process",
+        ),
+        "include_num_input_tokens_seen": (
+            str(args.include_num_input_tokens_seen).lower() not in ("false", "no"),
+            "it counts over all processes at every step, which none could then run ahead of",
+        ),
+        "fp16": (bool(args.fp16), "the loss scale of one process would differ from that of another; use bf16"),
+    }
+    for name, (given, reason) in refused.items():
+        if given:
+            raise UnsupportedSettingError(f"{name} and {size} exclude each other: {reason}. Leave one of the two out.")
+    if args.accelerator_config is not None and not args.accelerator_config.use_seedable_sampler:
+        raise UnsupportedSettingError(
+            f"accelerator_config={{'use_seedable_sampler': False}} and {size} exclude each other: processes of one "
+            "chain would read different batches. Leave it at True."
+        )
+
+
+def check_optimizer_not_given(given: bool) -> None:
+    """Refuse an optimizer that a user has made, where it would hold weights of other processes.
+
+    Raises:
+        UnsupportedSettingError: If there is one.
+    """
+    if given:
+        raise UnsupportedSettingError(
+            "With block_parallel_size above 1, an optimizer that holds all parameters cannot be given: this process "
+            "has those of one block. Name it by optim, or pass optimizer_cls_and_kwargs."
+        )
+
+
 def check_placement(model: nn.Module, *, model_parallel: bool) -> None:
     """Refuse models whose layers lie on several devices.
 

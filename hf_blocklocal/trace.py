@@ -5,7 +5,7 @@ Runs the model's own forward without dropout and leaves it as it was; knows noth
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -162,13 +162,22 @@ def plan_cut(trace: Trace, config: BlockLocalConfig) -> Cut:
     return Cut(trace.layers, trace.stacks, tuple(plan_spans(config, len(trace.layers), trace.costs)))
 
 
-def trace_reach(model: nn.Module, boundaries: Boundaries, inputs: Mapping[str, Any]) -> list[set[str]]:
+def trace_reach(
+    model: nn.Module,
+    boundaries: Boundaries,
+    inputs: Mapping[str, Any],
+    *,
+    hand_on: Callable[[Tensor], Tensor] = Tensor.detach,
+    observe: Callable[[int, int | str, Any], None] | None = None,
+) -> list[set[str]]:
     """Find out which parameters the loss of each block reaches.
 
     Args:
         model: The model.
         boundaries: Its cut.
         inputs: A small batch with labels, on the model's device.
+        hand_on: Makes, of the output of a block, what the next one is given.
+        observe: Told of side inputs, as by `Boundaries.attached`.
 
     Returns:
         For each block, names of parameters, without those of its head.
@@ -180,7 +189,7 @@ def trace_reach(model: nn.Module, boundaries: Boundaries, inputs: Mapping[str, A
     names = {parameter: name for name, parameter in model.named_parameters()}
     reach: list[set[str]] = [set() for _ in cut.spans]
 
-    def note(block: int, output: Tensor, router_logits: tuple[Tensor, ...] = ()) -> None:
+    def note(block: int, output: Tensor, router_logits: tuple[Tensor, ...] = ()) -> Tensor:
         reach[block] = {names[parameter] for parameter in reached_parameters(output) if parameter in names}
         for name in reach[block]:
             inside = cut.block_of_path(name)
@@ -189,8 +198,9 @@ def trace_reach(model: nn.Module, boundaries: Boundaries, inputs: Mapping[str, A
                     f"The loss of block {block} would reach {name}, a layer of block {inside}: {type(model).__name__} "
                     "hands something between its layers that cannot be cut here. Choose other boundaries."
                 )
+        return hand_on(output)
 
-    with evaluation_mode(model), torch.enable_grad(), boundaries.attached(note):
+    with evaluation_mode(model), torch.enable_grad(), boundaries.attached(note, observe=observe):
         outputs = model(**inputs)
         note(cut.num_blocks - 1, _output(model, outputs, "loss", 0))
     return reach

@@ -6,6 +6,7 @@ Always one block by itself. When which block is ready is the caller's business.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,11 +19,13 @@ class BlockUpdates:
     """Averages, clips and steps the blocks of one run.
 
     Args:
-        world_size: Processes, each of which holds a copy of every block.
+        world_size: Processes, each of which holds a copy of every block that is here.
+        group: Group of those processes; all there are by default.
     """
 
-    def __init__(self, world_size: int) -> None:
-        self._averager = GradientAverager(world_size)
+    def __init__(self, world_size: int, group: Any = None) -> None:
+        self.group = group
+        self._averager = GradientAverager(world_size, group)
         self._norms: dict[int, Tensor] = {}
 
     def average(self, *blocks: Sequence[nn.Parameter], wait: bool) -> None:

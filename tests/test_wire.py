@@ -15,9 +15,13 @@ def test_nested_values_come_together_again():
     value = (torch.ones(2, 3), None, [1, 2.5, "x", True], {"bias": torch.arange(3), "shape": (4, 5)})
     description, tensors = take_apart(value)
     arrived = put_together(decoded(encoded({"value": description}, 512))["value"], tensors)
-    assert type(arrived) is tuple and type(arrived[2]) is list and type(arrived[3]["shape"]) is tuple
-    assert arrived[0] is value[0] and arrived[3]["bias"] is value[3]["bias"]
-    assert arrived[1:3] == value[1:3] and arrived[3]["shape"] == (4, 5)
+    assert type(arrived) is tuple
+    assert type(arrived[2]) is list
+    assert type(arrived[3]["shape"]) is tuple
+    assert arrived[0] is value[0]
+    assert arrived[3]["bias"] is value[3]["bias"]
+    assert arrived[1:3] == value[1:3]
+    assert arrived[3]["shape"] == (4, 5)
 
 
 @pytest.mark.parametrize("value", [object(), OrderedDict(a=1), {1: 2}, (torch.ones(1), {2, 3})])

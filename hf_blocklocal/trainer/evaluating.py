@@ -6,12 +6,12 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import Trainer
 
 from hf_blocklocal.evaluation import BlockScores
+from hf_blocklocal.trainer.placing import PlacesBlocks
 
 
-class EvaluatesBlocks(Trainer):
+class EvaluatesBlocks(PlacesBlocks):
     """Adds to every evaluation what each block by itself would have predicted."""
 
     def evaluation_loop(self, dataloader: Any, description: str, *args: Any, **kwargs: Any) -> Any:
@@ -21,6 +21,7 @@ class EvaluatesBlocks(Trainer):
         self._scores = BlockScores(self._assembly.step)
         try:
             output = super().evaluation_loop(dataloader, description, *args, **kwargs)
+            self._scores.gather(self._sum_over_blocks)
             output.metrics.update(self._scores.metrics(kwargs.get("metric_key_prefix", "eval")))
         finally:
             self._scores = None
@@ -29,11 +30,12 @@ class EvaluatesBlocks(Trainer):
     def prediction_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         """Score the heads in the forward pass of the parent's step."""
         if self._scores is None or inputs.get("labels") is None:
-            return super().prediction_step(model, inputs, *args, **kwargs)
+            with self._cut_here():
+                return super().prediction_step(model, inputs, *args, **kwargs)
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad():
             targets = self.assembly.read_targets(inputs, whole_vocabulary=True)
         with self._scores.watch(targets, inputs):
             result = super().prediction_step(model, inputs, *args, **kwargs)
-        self._scores.add(self.accelerator.gather_for_metrics(self._scores.batch_BK3))
+        self._scores.add(self._gather_samples(self._scores.batch_BK3))
         return result

@@ -6,15 +6,15 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-from transformers import Trainer
+from torch import Tensor, nn
 
 from hf_blocklocal.anchor import Anchor
 from hf_blocklocal.checkpoint import FILES, load_heads_, save_heads
 from hf_blocklocal.copies import Copies
+from hf_blocklocal.trainer.placing import PlacesBlocks
 
 
-class SavesBlocks(Trainer):
+class SavesBlocks(PlacesBlocks):
     """Saves heads, anchor and copies with the model, and resumes from them."""
 
     @property
@@ -23,13 +23,17 @@ class SavesBlocks(Trainer):
         return [kept for kept in (self.anchor, self.assembly.copies) if kept is not None]
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        """Write config and heads beside the ordinary checkpoint."""
+        """Write config and heads beside the ordinary checkpoint, whichever processes they are in."""
+        whole = self._whole_state()
+        if whole is not None:
+            state_dict = _part(whole, "model")
         super()._save(output_dir, state_dict)
         if self.args.should_save:
             folder = output_dir if output_dir is not None else self.args.output_dir
             (self.block_local if self._assembly is None else self._assembly.config).save_pretrained(folder)
             if self._assembly is not None:
-                save_heads(folder, heads=self._assembly.heads, cut=self._assembly.cut)
+                heads = self._assembly.heads.state_dict() if whole is None else _part(whole, "heads")
+                save_heads(folder, heads=heads, cut=self._assembly.cut)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         """Write anchor and copies beside the optimizer, for a run that goes on from here."""
@@ -63,3 +67,9 @@ class SavesBlocks(Trainer):
             for name in FILES:
                 shutil.copy(Path(checkpoint_folder) / name, Path(self.args.output_dir) / name)
         super()._push_from_checkpoint(checkpoint_folder)
+
+
+def _part(state_dict: dict[str, Tensor], part: str) -> dict[str, Tensor]:
+    """Return the tensors of one part of a taught model, under their names in it."""
+    start = f"{part}."
+    return {name.removeprefix(start): tensor for name, tensor in state_dict.items() if name.startswith(start)}

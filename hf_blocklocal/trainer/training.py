@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from accelerate.utils import send_to_device
 from torch import Tensor, nn
 from transformers import Trainer
 
@@ -28,6 +29,7 @@ from hf_blocklocal.scaling import custom_loss, loss_scale
 from hf_blocklocal.settings import check_arguments, check_launcher, check_loss_settings, check_placement
 from hf_blocklocal.step import StepReport
 from hf_blocklocal.trainer.evaluating import EvaluatesBlocks
+from hf_blocklocal.trainer.placing import PlacesBlocks
 from hf_blocklocal.trainer.saving import SavesBlocks
 from hf_blocklocal.updates import BlockUpdates
 
@@ -35,7 +37,7 @@ from hf_blocklocal.updates import BlockUpdates
 logger = logging.getLogger(__name__)
 
 
-class BlockLocalTrainer(EvaluatesBlocks, SavesBlocks, Trainer):
+class BlockLocalTrainer(EvaluatesBlocks, SavesBlocks, PlacesBlocks, Trainer):
     """Fine-tune a transformers model block by block, each block from its own loss.
 
     Takes the arguments of `transformers.Trainer` and one more. With one block it is the `Trainer`, to the bit. With
@@ -74,11 +76,13 @@ class BlockLocalTrainer(EvaluatesBlocks, SavesBlocks, Trainer):
         check_structure(self.model, self.block_local)
         if self.block_local.num_blocks > 1:
             check_placement(self.model, model_parallel=self.is_model_parallel)
+        self._take_station()
 
     def _forget_run(self) -> None:
         """Start without anything that an earlier, perhaps interrupted, run has left behind."""
-        self._updates = BlockUpdates(self.args.world_size)
-        self._meter = BlockLossMeter()
+        alone = self._chain is not None
+        self._updates = BlockUpdates(self._replicas, self._chain.replicas if alone else None)
+        self._meter = BlockLossMeter(self._chain.block if alone else None)
         self._micro_batch = 0
 
     @property
@@ -107,7 +111,8 @@ class BlockLocalTrainer(EvaluatesBlocks, SavesBlocks, Trainer):
         dataset = dataset_to_trace(self.train_dataset, self.eval_dataset)
         collator = with_own_generators(self.data_collator)
         collate = self._get_collator_with_removed_columns(collator, description="traced")
-        return self._prepare_inputs(first_batch(dataset, collate, min(2, self.args.per_device_train_batch_size)))
+        batch = self._prepare_inputs(first_batch(dataset, collate, min(2, self.args.per_device_train_batch_size)))
+        return batch if self._chain is None else send_to_device(batch, next(self.model.parameters()).device)
 
     @property
     def anchor(self) -> Anchor | None:
@@ -135,6 +140,7 @@ class BlockLocalTrainer(EvaluatesBlocks, SavesBlocks, Trainer):
         if given is not None:
             add_heads_(given, list(self.assembly.heads.parameters()), has_schedule=has_schedule)
         self.assembly.set_learning_rates_(self._inner_optimizer, has_schedule=has_schedule)
+        self._keep_own_shard(self._inner_optimizer, given=given is not None)
         if self.block_local.step_per_block and self.assembly.last > 0:
             check_steps_by_block(self._inner_optimizer)
         return optimizer
@@ -153,9 +159,12 @@ class BlockLocalTrainer(EvaluatesBlocks, SavesBlocks, Trainer):
         module = self.assembly.module
         layers = [self.model.get_submodule(path) for path in self.assembly.cut.layers]
         with layers_compiled(layers, self.accelerator.state.dynamo_plugin, overlap=self.block_local.overlap):
-            self._forward = self.accelerator.prepare_model(self.model, evaluation_mode=True)
-        if self.args.world_size > 1:
-            broadcast_from_first([*module.parameters(), *module.buffers()])
+            self._forward = self.accelerator.prepare_model(
+                self.model, device_placement=self._chain is None, evaluation_mode=True
+            )
+        if self._replicas > 1:
+            here = [tensor for tensor in [*module.parameters(), *module.buffers()] if not tensor.is_meta]
+            broadcast_from_first(here, self._updates.group)
         if self.anchor is not None:
             self.anchor.attach(self._inner_optimizer)
         return module
@@ -166,7 +175,7 @@ class BlockLocalTrainer(EvaluatesBlocks, SavesBlocks, Trainer):
         """Let every block but the last learn inside the forward pass of the parent's step, which teaches the last.
 
         Returns:
-            The last block's loss, detached.
+            The loss of the last block that is here, detached.
         """
         model.train()
         if self.assembly.last == 0:
@@ -182,7 +191,8 @@ class BlockLocalTrainer(EvaluatesBlocks, SavesBlocks, Trainer):
             return self._skip_batch(in_global_step=in_global_step)
         if in_global_step:
             return self._global_step(inputs, num_items_in_batch)
-        processes = self.args.world_size if self.args.average_tokens_across_devices else 1
+        processes = self._replicas if self.args.average_tokens_across_devices else 1
+        self._announce(inputs, "step", *seed[1:3])
         lesson = assembly.step.teach(
             targets,
             scale=loss_scale(
@@ -202,14 +212,16 @@ class BlockLocalTrainer(EvaluatesBlocks, SavesBlocks, Trainer):
             seed=seed,
         )
         with lesson as report:
-            loss = super().training_step(self._forward, inputs, self._items_for_model(num_items_in_batch))
-        report.losses.append(loss)
+            loss = self._teach_here(inputs, self._items_for_model(num_items_in_batch))
+        if loss is not None:
+            report.losses.append(loss)
         report.check_finite(self.state.global_step + 1)
-        self._finish_block(assembly.last, report)
+        if loss is not None:
+            self._finish_block(assembly.last, report)
         self._meter.add(
             report.losses, halves=report.halves, targets=report.targets, completes_step=self.accelerator.sync_gradients
         )
-        return loss
+        return report.losses[-1]
 
     def _global_step(self, inputs: dict[str, Any], num_items_in_batch: Any) -> Tensor:
         """Let all blocks learn from the model's own loss, as the parent does."""
@@ -224,7 +236,8 @@ class BlockLocalTrainer(EvaluatesBlocks, SavesBlocks, Trainer):
         """Count micro-batches, so that each draws negatives and noise of its own and a resumed run draws the same."""
         micro_batch = self._micro_batch
         self._micro_batch = 0 if self.accelerator.sync_gradients else micro_batch + 1
-        return self.args.seed, self.state.global_step, micro_batch, self.args.process_index
+        replica = self.args.process_index if self._chain is None else self._chain.replica
+        return self.args.seed, self.state.global_step, micro_batch, replica
 
     def _items_for_model(self, num_items_in_batch: Any) -> Any:
         """Keep the count from a model that would ignore it, so that the parent averages over accumulation steps."""
@@ -236,7 +249,8 @@ class BlockLocalTrainer(EvaluatesBlocks, SavesBlocks, Trainer):
         if not self.accelerator.sync_gradients:
             return
         parameters, at_once = self.assembly.parameters[block], self.block_local.step_per_block
-        self._updates.average(parameters, wait=block == self.assembly.last or at_once)
+        alone = self._chain is not None
+        self._updates.average(parameters, wait=block == self.assembly.last or at_once or alone)
         if block < self.assembly.last and at_once:
             step, max_norm = self.state.global_step + 1, self.args.max_grad_norm or float("inf")
             report.check_finite(step)
@@ -247,9 +261,9 @@ class BlockLocalTrainer(EvaluatesBlocks, SavesBlocks, Trainer):
         self._meter.skip(completes_step=self.accelerator.sync_gradients, in_global_step=in_global_step)
         if self.accelerator.sync_gradients:
             if self.accelerator.scaler is not None:  # it must have seen a gradient when it steps
-                trainable = (p for p in self.assembly.parameters[self.assembly.last] if p.requires_grad)
+                trainable = (p for p in self._blocks_here[-1] if p.requires_grad)
                 self.accelerator.backward(0 * min(trainable, key=Tensor.numel).sum())
-            self._updates.average(*self.assembly.parameters, wait=True)
+            self._updates.average(*self._blocks_here, wait=True)
         return torch.zeros((), device=self.args.device)
 
     def _clip_grad_norm(self, model: nn.Module) -> Tensor:
@@ -270,4 +284,5 @@ class BlockLocalTrainer(EvaluatesBlocks, SavesBlocks, Trainer):
         """Add the loss of every block to the training logs."""
         if "loss" in logs and self.assembly.last > 0:
             logs |= self._meter.pop(self.assembly.cut.num_blocks, self.args.device, self.args.world_size)
+            logs |= self._of_all_blocks(logs)
         super().log(logs, *args, **kwargs)

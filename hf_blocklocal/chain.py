@@ -1,0 +1,191 @@
+"""Which process holds which block, and the ways between them.
+
+Processes form chains of one process per block, and chains are copies of each other: a mesh of data parallelism by
+blocks. A chain is consecutive ranks, so that its messages stay within a machine where they can.
+"""
+
+from __future__ import annotations
+
+import atexit
+import logging
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+
+from hf_blocklocal.errors import UnsupportedSettingError
+from hf_blocklocal.peers import Peers
+from hf_blocklocal.stream import Inbox, Link, Outbox
+
+
+logger = logging.getLogger(__name__)
+
+# Between two runs nobody sends for as long as a user likes; who is lost is found out otherwise.
+_PATIENCE = timedelta(days=7)
+
+
+@dataclass
+class Chain:
+    """The place of this process among all.
+
+    Attributes:
+        block: The block it holds.
+        num_blocks: Blocks, K.
+        replica: Which of the chains it belongs to.
+        num_replicas: Chains, D.
+        replicas: Group of the processes that hold this block.
+        blocks: Group of the processes of this chain.
+        control: Group of all processes, for tensors on the CPU.
+        control_of_blocks: The same, of this chain.
+        peers: The other processes.
+        inbox: Where messages of the block below arrive; none at the first.
+        outbox: Where messages to the block above are put; none at the last.
+    """
+
+    block: int
+    num_blocks: int
+    replica: int
+    num_replicas: int
+    replicas: dist.ProcessGroup
+    blocks: dist.ProcessGroup
+    control: dist.ProcessGroup
+    control_of_blocks: dist.ProcessGroup
+    peers: Peers
+    inbox: Inbox | None = None
+    outbox: Outbox | None = None
+    _failed: bool = field(default=False, repr=False)
+
+    @property
+    def first_rank(self) -> int:
+        """Rank of the process that holds this chain's first block."""
+        return self.replica * self.num_blocks
+
+    @property
+    def last_rank(self) -> int:
+        """Rank of the process that holds this chain's last block."""
+        return self.first_rank + self.num_blocks - 1
+
+    @property
+    def is_last(self) -> bool:
+        """Whether this process holds the last block."""
+        return self.block == self.num_blocks - 1
+
+    @property
+    def writes(self) -> bool:
+        """Whether this process writes checkpoints."""
+        return self.block == self.replica == 0
+
+    @property
+    def idle_seconds(self) -> float:
+        """Seconds that this process has waited for a neighbour so far."""
+        return sum(box.waited for box in (self.inbox, self.outbox) if box is not None)
+
+    def fail(self, error: BaseException) -> None:
+        """Leave word of an error that ends this process."""
+        self._failed = True
+        self.peers.report(error)
+
+    def close(self) -> None:
+        """Let the neighbours go, once everything has been said."""
+        if self._failed:
+            # Threads that still wait for a neighbour would be cut off in the middle of it.
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(1)
+        if self.outbox is not None:
+            self.outbox.close()
+        ended = [box.join(10.0) for box in (self.outbox, self.inbox) if box is not None]
+        self.peers.stop()
+        if not all(ended):
+            logger.warning("A neighbour of block %d has not said goodbye.", self.block)
+
+
+class ReplicaMesh:
+    """What accelerate looks at to decide which processes read the same batches: the form of a mesh, and no more.
+
+    Args:
+        chain: The place of this process. The processes of a chain read the same.
+    """
+
+    mesh_dim_names = ("dp_replicate", "tp")
+
+    def __init__(self, chain: Chain) -> None:
+        self._sizes = {"dp_replicate": chain.num_replicas, "tp": chain.num_blocks}
+
+    def __getitem__(self, name: str) -> ReplicaMesh._Dimension:
+        return self._Dimension(self._sizes[name])
+
+    @dataclass(frozen=True)
+    class _Dimension:
+        processes: int
+
+        def size(self) -> int:
+            return self.processes
+
+
+def form_chains(num_blocks: int, device: torch.device, *, peer_timeout: float) -> Chain:
+    """Put this process in its place. All processes must call it together.
+
+    Args:
+        num_blocks: Blocks, each of which gets a process.
+        device: Where this process computes.
+        peer_timeout: Seconds without a sign of life after which a process counts as lost.
+
+    Raises:
+        UnsupportedSettingError: If the number of processes is not a multiple of the number of blocks.
+    """
+    world = dist.get_world_size() if dist.is_initialized() else 1
+    if world % num_blocks != 0:
+        fitting = f"--num_processes {max(1, world // num_blocks) * num_blocks}"
+        raise UnsupportedSettingError(
+            f"block_parallel_size={num_blocks} gives every block a process of its own, and there are {world} "
+            f"process(es), which is not a multiple of {num_blocks}. Start with accelerate launch {fitting}, or use "
+            "block_parallel_size=1."
+        )
+    rank = dist.get_rank()
+    mesh = init_device_mesh(device.type, (world // num_blocks, num_blocks), mesh_dim_names=("replica", "block"))
+    names = [f"Block {other % num_blocks} (rank {other})" for other in range(world)]
+    store = dist.PrefixStore("hf_blocklocal", dist.distributed_c10d._get_default_store().clone())
+    peers = Peers(store, rank=rank, names=names, timeout=peer_timeout)
+    chain = Chain(
+        block=rank % num_blocks,
+        num_blocks=num_blocks,
+        replica=rank // num_blocks,
+        num_replicas=world // num_blocks,
+        replicas=mesh["replica"].get_group(),
+        blocks=mesh["block"].get_group(),
+        control=dist.new_group(backend="gloo"),
+        control_of_blocks=_control_of_blocks(world, num_blocks),
+        peers=peers,
+    )
+    for lower in range(world - 1):
+        if (lower + 1) % num_blocks == 0:
+            continue
+        link_of = _edge(lower, lower + 1, device)
+        if rank == lower:
+            chain.outbox = Outbox(link_of(lower + 1), lambda error: peers.check(rank + 1, error))
+        elif rank == lower + 1:
+            chain.inbox = Inbox(link_of(lower), lambda error: peers.check(rank - 1, error))
+    atexit.register(chain.close)
+    return chain
+
+
+def _control_of_blocks(world: int, num_blocks: int) -> dist.ProcessGroup:
+    """Make a group for every chain, and return this process's."""
+    chains = [list(range(first, first + num_blocks)) for first in range(0, world, num_blocks)]
+    groups = [dist.new_group(ranks, backend="gloo") for ranks in chains]
+    return groups[dist.get_rank() // num_blocks]
+
+
+def _edge(lower: int, upper: int, device: torch.device) -> Callable[[int], Link]:
+    """Make the groups of two neighbours; all processes must take part in making them."""
+    headers = dist.new_group([lower, upper], timeout=_PATIENCE, backend="gloo")
+    payload = headers
+    if dist.get_backend() != "gloo":
+        payload = dist.new_group([lower, upper], timeout=_PATIENCE)
+    return lambda peer: Link(peer, headers, payload, device)

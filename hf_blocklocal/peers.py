@@ -1,0 +1,102 @@
+"""Know whether the processes that hold the other blocks are alive, and what has become of one that is not.
+
+Every process says every second that it is alive, and where it is; one that fails says why before it goes. Whoever
+waits for a message looks there, so that the first sentence a user reads names a rank, a block and a cause, not a port.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections.abc import Sequence
+
+import torch.distributed as dist
+
+from hf_blocklocal.errors import BlockPeerError
+
+
+_BEAT = 1.0
+# How long the report of a process whose connection has broken may take to arrive.
+_LAST_WORDS = 3.0
+
+
+class Peers:
+    """What this process says of itself to the others, and hears of them.
+
+    Args:
+        store: Key-value store that all processes share.
+        rank: This process.
+        names: What each process is called in messages, by rank.
+        timeout: Seconds without a sign of life after which a process counts as lost.
+    """
+
+    def __init__(self, store: dist.Store, *, rank: int, names: Sequence[str], timeout: float) -> None:
+        self.step = 0
+        self._store, self._rank, self._names, self._timeout = store, rank, names, timeout
+        self._seen: dict[int, tuple[bytes, float]] = {}
+        self._stopped = threading.Event()
+        self._beats = threading.Thread(target=self._beat, args=(store.clone(),), name="sign of life", daemon=True)
+        self._beats.start()
+
+    def report(self, error: BaseException) -> None:
+        """Leave word of why this process fails. Only the first word counts."""
+        if not isinstance(error, BlockPeerError):
+            said = {"rank": self._rank, "step": self.step, "error": f"{type(error).__name__}: {error}"[:2000]}
+            self._store.set(f"failed/{self._rank}", json.dumps(said))
+
+    def stop(self) -> None:
+        """Say no more."""
+        self._stopped.set()
+
+    def check(self, peer: int, broken: BaseException | None = None) -> None:
+        """Raise if waiting for a process is in vain.
+
+        Args:
+            peer: Its rank.
+            broken: What the connection to it has said, if it is broken.
+
+        Raises:
+            BlockPeerError: If any process has reported a failure, or this one is gone or has shown no sign of life
+                for too long.
+        """
+        deadline = time.monotonic() + (_LAST_WORDS if broken is not None else 0)
+        while True:
+            for rank in range(len(self._names)):
+                if self._store.check([f"failed/{rank}"]):
+                    said = json.loads(self._store.get(f"failed/{rank}"))
+                    self._give_up(rank, f"failed at step {said['step']}: {said['error']}")
+            if time.monotonic() >= deadline:
+                break
+            time.sleep(0.1)
+        if broken is not None:
+            self._give_up(peer, f"is gone, {self._where(peer)} ({str(broken).splitlines()[0][:200]})")
+        silent = self._silent_for(peer)
+        if silent > self._timeout:
+            self._give_up(peer, f"has shown no sign of life for {silent:.0f} s, {self._where(peer)}")
+
+    def _give_up(self, rank: int, what: str) -> None:
+        raise BlockPeerError(
+            f"{self._names[rank]} {what}. {self._names[self._rank]} was at step {self.step} and cannot go on without "
+            "it. Resume with trainer.train(resume_from_checkpoint=True)."
+        )
+
+    def _where(self, rank: int) -> str:
+        sign = self._sign(rank)
+        return f"after step {sign.decode().split()[0]}" if sign else "before its first step"
+
+    def _sign(self, rank: int) -> bytes:
+        return self._store.get(f"alive/{rank}") if self._store.check([f"alive/{rank}"]) else b""
+
+    def _silent_for(self, rank: int) -> float:
+        """Return for how many seconds, on this process's clock, another one has shown no sign of life."""
+        sign, now = self._sign(rank), time.monotonic()
+        if rank not in self._seen or self._seen[rank][0] != sign:
+            self._seen[rank] = (sign, now)
+        return now - self._seen[rank][1]
+
+    def _beat(self, store: dist.Store) -> None:
+        count = 0
+        while not self._stopped.wait(_BEAT):
+            count += 1
+            store.set(f"alive/{self._rank}", f"{self.step} {count}")

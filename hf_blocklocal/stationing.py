@@ -1,0 +1,120 @@
+"""Turn a whole assembled model into the one block that this process trains, and connect it with its neighbours."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hf_blocklocal.assembly import Assembly
+from hf_blocklocal.chain import Chain
+from hf_blocklocal.errors import BatchMismatchError
+from hf_blocklocal.gathering import gather_to_first
+from hf_blocklocal.needs import trace_needs
+from hf_blocklocal.stage import Stage, let_go_, move_, names_of, unneeded_here
+
+
+class Stationing:
+    """One block of an assembly, at work in this process.
+
+    Args:
+        assembly: The whole model with all heads, on the CPU. What belongs to other blocks is let go.
+        chain: The place of this process.
+        batch: A small batch with labels, to find out what blocks need.
+    """
+
+    def __init__(self, assembly: Assembly, chain: Chain, batch: Mapping[str, Any]) -> None:
+        self._assembly, self._chain = assembly, chain
+        model, boundaries = assembly.module.model, assembly.step.boundaries
+        self._facts: dict[str, Any] = {}
+        self.names = names_of(assembly.module)
+        self.owners = {p: block for block, mine in enumerate(assembly.parameters) for p in mine}
+        needs = trace_needs(model, boundaries, batch)
+        unneeded = unneeded_here(model, boundaries, chain.block, needs)
+        heads = [p for block, head in enumerate(assembly.heads) if block != chain.block for p in head.parameters()]
+        let_go_([p for name, p in model.named_parameters() if name in unneeded] + heads)
+        boundaries.station = Stage(
+            model,
+            boundaries,
+            chain.block,
+            needs=needs,
+            forms=assembly.forms,
+            receive=self._receive,
+            send=self._send,
+        )
+
+    def is_mine(self, parameter: nn.Parameter) -> bool:
+        """Tell whether this process trains a parameter."""
+        return self.owners.get(parameter) == self._chain.block
+
+    def move_(self, device: torch.device) -> None:
+        """Move what is here to a device."""
+        move_(self._assembly.module, device)
+
+    def announce(self, inputs: Mapping[str, Any], where: tuple[int | str, ...]) -> None:
+        """Say what the messages to come belong to.
+
+        Args:
+            inputs: The batch.
+            where: Its place in the run.
+        """
+        self._facts = {"where": list(where), "batch": checksum(inputs)}
+
+    def state(self) -> dict[str, Tensor]:
+        """Return what this process is to contribute to a checkpoint, by name in the whole."""
+        module, cut = self._assembly.module, self._assembly.cut
+        state = {self.names[p]: p.detach() for p in module.parameters() if self.is_mine(p)}
+        for name, buffer in module.named_buffers():
+            if self._block_of_buffer(name, cut) == self._chain.block:
+                state[name] = buffer
+        return state
+
+    def checkpoint(self) -> dict[str, Tensor]:
+        """Return all weights of model and heads by name, gathered where checkpoints are written; elsewhere nothing."""
+        gathered, _ = gather_to_first(self._chain, self.state())
+        if not self._chain.writes:
+            return {}
+        module = self._assembly.module
+        whole = {}
+        for name, tensor in module.state_dict(keep_vars=True).items():
+            whole[name] = gathered.get(self.names.get(tensor, name), tensor.detach())
+        return whole
+
+    def _block_of_buffer(self, name: str, cut: Any) -> int:
+        part, inside = name.split(".", 1)
+        if part == "heads":
+            return int(inside.split(".")[0])
+        return cut.block_of_path(inside) or 0
+
+    def _receive(self) -> Any:
+        message = self._chain.inbox.take()
+        if message.facts != self._facts:
+            raise BatchMismatchError(
+                f"Block {self._chain.block} has read {_told(self._facts)}, and block {self._chain.block - 1} sent "
+                f"what it made of {_told(message.facts)}. All processes of a chain must read the same batches in the same "
+                "order: seed whatever is random in data set, sampler and collator, and let none of it depend on the "
+                "rank."
+            )
+        return message.value
+
+    def _send(self, value: Any) -> None:
+        self._chain.outbox.send(self._facts, value)
+
+
+def checksum(inputs: Mapping[str, Any]) -> list[Any]:
+    """Return the shape and a checksum of the labels and the mask of a batch."""
+    told: list[Any] = []
+    for name in ("labels", "attention_mask"):
+        tensor = inputs.get(name)
+        if isinstance(tensor, Tensor):
+            content = tensor.detach().cpu().contiguous().view(torch.uint8).numpy()
+            told.append([name, list(tensor.shape), zlib.crc32(content)])
+    return told
+
+
+def _told(facts: Mapping[str, Any]) -> str:
+    batch = ", ".join(f"{name} {shape} with checksum {number:08x}" for name, shape, number in facts["batch"])
+    return f"at {' '.join(map(str, facts['where']))} a batch of {batch or 'no labels'}"

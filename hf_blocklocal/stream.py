@@ -1,0 +1,180 @@
+"""Boundary tensors on their way from one block to the next, while both compute.
+
+Messages go one way and keep their order, so there is nothing to wait for in a circle. A thread sends what is waiting
+in a short queue, another one receives ahead of time into a second; the process that computes only ever waits for a
+message that has not come yet, or for a queue that is full.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from hf_blocklocal.wire import TensorForm, decoded, encoded, put_together, take_apart
+
+
+HEADER_BYTES = 4096
+# Messages that may wait on either side. Two hide a transfer; more evens out blocks whose pace varies.
+DEPTH = 4
+_POLL = 0.1
+
+
+@dataclass(frozen=True)
+class Link:
+    """The way to a neighbour.
+
+    Attributes:
+        peer: Its rank.
+        headers: Process group of the two, for tensors on the CPU.
+        payload: Process group of the two, for tensors on `device`.
+        device: Where tensors are received.
+    """
+
+    peer: int
+    headers: dist.ProcessGroup
+    payload: dist.ProcessGroup
+    device: torch.device
+
+    @property
+    def staging(self) -> torch.device:
+        """Where tensors must be while they travel: gloo carries those on the CPU alone."""
+        return torch.device("cpu") if dist.get_backend(self.payload) == "gloo" else self.device
+
+
+@dataclass(frozen=True)
+class Message:
+    """What one block has handed on.
+
+    Attributes:
+        facts: What it says of itself, such as its step and the checksum of its batch.
+        value: The values, tensors among them.
+    """
+
+    facts: Mapping[str, Any]
+    value: Any
+
+
+class _Worker:
+    """A thread at one end of a link, and the queue between it and the process."""
+
+    def __init__(self, link: Link, run: Callable[[], None], name: str) -> None:
+        self.link = link
+        self.waited = 0.0
+        self._queue: queue.Queue[Any] = queue.Queue(DEPTH)
+        self._error: BaseException | None = None
+        self._run = run
+        self._thread = threading.Thread(target=self._work, name=f"{name} rank {link.peer}", daemon=True)
+        self._thread.start()
+
+    def _work(self) -> None:
+        try:
+            if self.link.device.type == "cuda":
+                torch.cuda.set_device(self.link.device)
+            self._run()
+        except BaseException as error:  # noqa: BLE001 - whatever it is, the process that computes must hear of it
+            self._error = error
+
+    @contextmanager
+    def _waiting(self) -> Iterator[None]:
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.waited += time.perf_counter() - start
+
+    def join(self, timeout: float) -> bool:
+        """Wait for the thread to end. Returns whether it has."""
+        self._thread.join(timeout)
+        return not self._thread.is_alive()
+
+
+class Outbox(_Worker):
+    """Sends messages to the block above.
+
+    Args:
+        link: The way there.
+        watch: Called now and then while there is nothing to do but wait, with an error of the thread if it has one;
+            raises where waiting is in vain.
+    """
+
+    def __init__(self, link: Link, watch: Callable[[BaseException | None], None]) -> None:
+        self._watch = watch
+        super().__init__(link, self._send_all, "send to")
+
+    def send(self, facts: Mapping[str, Any], value: Any) -> None:
+        """Send a message, and return at once unless `DEPTH` others are waiting.
+
+        The tensors in it must not be changed afterwards.
+        """
+        description, tensors = take_apart(value)
+        forms = [TensorForm.of(tensor) for tensor in tensors]
+        header = {"facts": dict(facts), "value": description, "forms": [[form.dtype, form.shape] for form in forms]}
+        self._put((encoded(header, HEADER_BYTES), tensors))
+
+    def close(self) -> None:
+        """Tell the other side that nothing more will come."""
+        self._put((encoded({}, HEADER_BYTES), []))
+
+    def _put(self, item: tuple[Tensor, list[Tensor]]) -> None:
+        with self._waiting():
+            while True:
+                if self._error is not None:
+                    self._watch(self._error)
+                try:
+                    return self._queue.put(item, timeout=_POLL)
+                except queue.Full:
+                    self._watch(None)
+
+    def _send_all(self) -> None:
+        while True:
+            header, tensors = self._queue.get()
+            dist.send(header, self.link.peer, group=self.link.headers)
+            for tensor in tensors:
+                dist.send(tensor.contiguous().to(self.link.staging), self.link.peer, group=self.link.payload)
+            if not decoded(header):
+                return
+
+
+class Inbox(_Worker):
+    """Receives messages from the block below.
+
+    Args:
+        link: The way they come.
+        watch: As of an `Outbox`.
+    """
+
+    def __init__(self, link: Link, watch: Callable[[BaseException | None], None]) -> None:
+        self._watch = watch
+        super().__init__(link, self._receive_all, "receive from")
+
+    def take(self) -> Message:
+        """Return the next message, waiting for it if need be."""
+        with self._waiting():
+            while True:
+                try:
+                    return self._queue.get(timeout=_POLL)
+                except queue.Empty:
+                    self._watch(self._error)
+
+    def _receive_all(self) -> None:
+        header = torch.empty(HEADER_BYTES, dtype=torch.uint8)
+        while True:
+            dist.recv(header, self.link.peer, group=self.link.headers)
+            said = decoded(header)
+            if not said:
+                return
+            tensors = []
+            for dtype, shape in said["forms"]:
+                tensor = TensorForm(dtype, tuple(shape)).empty(self.link.staging)
+                dist.recv(tensor, self.link.peer, group=self.link.payload)
+                tensors.append(tensor.to(self.link.device))
+            self._queue.put(Message(said["facts"], put_together(said["value"], tensors)))
