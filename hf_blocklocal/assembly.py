@@ -5,9 +5,8 @@ This is the place to start for a training loop of one's own; the trainer does no
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -21,11 +20,12 @@ from hf_blocklocal.anatomy import (
     target_embedding,
 )
 from hf_blocklocal.blocks import Boundaries, Cut
-from hf_blocklocal.building import build_denoising, build_heads, build_shortcut
+from hf_blocklocal.building import build_copies, build_denoising, build_heads, build_shortcut, lent_to_heads
 from hf_blocklocal.config import BlockLocalConfig
 from hf_blocklocal.copies import Copies
-from hf_blocklocal.costs import head_costs
+from hf_blocklocal.costs import head_costs, warn_of_heavy_heads
 from hf_blocklocal.defaults import settled
+from hf_blocklocal.describing import table_of_blocks
 from hf_blocklocal.errors import UnsupportedSettingError
 from hf_blocklocal.feedback import FeedbackHead
 from hf_blocklocal.groups import factors_by_block, rates_of_feedback, scale_learning_rates_
@@ -33,16 +33,10 @@ from hf_blocklocal.inlets import Inlets
 from hf_blocklocal.losses import Contrast
 from hf_blocklocal.partition import Span
 from hf_blocklocal.sampling import mixed, with_candidates
-from hf_blocklocal.shortcut import borrowed_layers
 from hf_blocklocal.step import LocalStep
 from hf_blocklocal.targets import Targets, Task, read_targets
 from hf_blocklocal.trace import owners_of, plan_cut, plan_spans, trace_layers, trace_reach
-
-
-logger = logging.getLogger(__name__)
-
-# What training the blocks apart can gain is spent by heads that cost more than this share of their block.
-LIGHT = 0.1
+from hf_blocklocal.tying import freeze_shared_, with_tied_weights_settled_
 
 
 class TaughtModel(nn.Module):
@@ -76,6 +70,9 @@ class Assembly:
         step: Runs one local training step.
         counts_items: Whether the model's own loss heeds `num_items_in_batch`.
         forms: For each layer, 0 if it returns its hidden state, n if it returns a tuple of n that starts with it.
+        owners: The block that owns each parameter of the model, by name.
+        lent: For each block but the last, the names of the parameters of later blocks that its head uses.
+        copies: Copies of those, if the config asks for any; else heads use live ones.
         head_costs: Operations of each head as a share of those of its block, forward and backward, in the traced
             batch; none where that has no target that counts.
     """
@@ -88,6 +85,9 @@ class Assembly:
     step: LocalStep
     counts_items: bool
     forms: tuple[int, ...] = ()
+    owners: Mapping[str, int] = field(default_factory=dict)
+    lent: tuple[set[str], ...] = ()
+    copies: Copies | None = None
     head_costs: tuple[float, ...] = ()
 
     @property
@@ -120,6 +120,8 @@ class Assembly:
         whole_vocabulary = whole_vocabulary or (shortcut is not None and not shortcut.confines)
         negatives = None if whole_vocabulary else self.config.negatives
         embedding = target_embedding(self.module.model)
+        if self.copies is not None:
+            embedding = self.copies[embedding]
         return with_candidates(targets, embedding, negatives=negatives, generator=generator)
 
     def lower_weights(self) -> dict[str, nn.Parameter]:
@@ -127,11 +129,6 @@ class Assembly:
         lower = {parameter for block in self.parameters[: self.last] for parameter in block}
         named = self.module.model.named_parameters()
         return {name: parameter for name, parameter in named if parameter in lower and parameter.requires_grad}
-
-    @property
-    def copies(self) -> Copies | None:
-        """Copies of upper layers that heads borrow, if the config asks for any; else they borrow live ones."""
-        return self.step.shortcut.copies if self.step.shortcut is not None else None
 
     def begin_step(self, step: int) -> None:
         """Take the copies that are due before an optimizer step. Calls after the first for a step do nothing.
@@ -177,45 +174,8 @@ class Assembly:
         )
 
     def describe(self) -> str:
-        """Return the cut as a table: block, layers, parameters of block and head, cost of the head, what teaches it.
-
-        The cost is the head's share of the operations of its block.
-        """
-        rows = [("block", "layers", "parameters", "head", "cost", "taught by")]
-        for block, span in enumerate(self.cut.spans):
-            head = self.heads[block] if block < self.last else None
-            in_head = 0 if head is None else sum(parameter.numel() for parameter in head.parameters())
-            in_block = sum(parameter.numel() for parameter in self.parameters[block]) - in_head
-            taught = "the model's own loss"
-            if head is not None:
-                taught = f"{type(head.feedback).__name__}, {type(head.loss).__name__} ({head.loss.family.name})"
-                if head.borrows:
-                    layers_above = borrowed_layers(self.cut, block, self.config.head_layers)
-                    through = ["a lens"] if head.lens is not None else []
-                    through += [f"layers {', '.join(map(str, layers_above))}"] if layers_above else []
-                    taught += f" through {' and '.join(through)}"
-            layers = f"{span.start}-{span.last}" if self.last > 0 else "all"
-            rows.append((str(block), layers, f"{in_block:,}", f"{in_head:,}", self._cost_of_head(block), taught))
-        widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-        lines = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
-        return "\n".join(line.rstrip() for line in lines)
-
-    def _cost_of_head(self, block: int) -> str:
-        if block >= len(self.head_costs):
-            return ""
-        cost = self.head_costs[block]
-        return "<1%" if cost < 0.01 else f"{cost:.0%}"
-
-    def warn_of_heavy_heads(self) -> None:
-        """Say which heads cost more than a tenth of their block."""
-        heavy = [f"{block} ({cost:.0%})" for block, cost in enumerate(self.head_costs) if cost > LIGHT]
-        if heavy:
-            logger.warning(
-                "The heads of these blocks cost more than %.0f%% of the operations of their block: %s. Larger blocks, "
-                "fewer head_layers or a smaller latent_dim make them lighter.",
-                100 * LIGHT,
-                ", ".join(heavy),
-            )
+        """Return the cut as a table: block, layers, parameters of block and head, cost of the head, its kind."""
+        return table_of_blocks(self.cut, self.config, self.parameters, self.heads, self.head_costs)
 
 
 def check_structure(model: nn.Module, config: BlockLocalConfig) -> None:
@@ -259,6 +219,7 @@ def assemble(
     check_structure(model, config)
     if config.num_blocks == 1:
         return _uncut(model, config)
+    config = with_tied_weights_settled_(model, config)
     trace = trace_layers(model, find_stacks(model, config.layers), inputs)
     cut = plan_cut(trace, config)
     config = settled(config, single_stack=trace.stacks[-1] == 0)
@@ -271,12 +232,15 @@ def assemble(
     router_loss = find_router_loss(model)
     boundaries = Boundaries(model, cut, router_loss.routers if router_loss else None)
     reach = trace_reach(model, boundaries, inputs)
+    if config.tied_weights == "freeze":
+        freeze_shared_(model, reach)
     inlets = Inlets(model, boundaries) if config.denoising > 0 or config.reconstruction > 0 else None
     denoising = None
     if config.denoising > 0:
         denoising = build_denoising(model, config, trace, boundaries, inlets, reach)
     owners = owners_of((name for name, _ in model.named_parameters()), cut, reach)
-    shortcut = build_shortcut(model, config, trace, cut, inputs, reach, owners) if config.borrows else None
+    shortcut = build_shortcut(model, config, trace, cut, inputs, reach) if config.borrows else None
+    lent = lent_to_heads(model, trace.task, shortcut, owners, cut.num_blocks)
     assembly = Assembly(
         config=config,
         task=trace.task,
@@ -294,11 +258,14 @@ def assemble(
         ),
         counts_items=trace.counts_items,
         forms=trace.forms,
+        owners=owners,
+        lent=lent,
+        copies=build_copies(model, config, lent, shortcut),
     )
     targets = assembly.read_targets(inputs)
     if len(targets) > 0:
         assembly = replace(assembly, head_costs=head_costs(model, assembly.step, trace.costs, inputs, targets))
-    assembly.warn_of_heavy_heads()
+    warn_of_heavy_heads(assembly.head_costs)
     return assembly
 
 

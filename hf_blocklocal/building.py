@@ -17,7 +17,7 @@ from hf_blocklocal.feedback import FeedbackHead, build_head
 from hf_blocklocal.inlets import Inlets
 from hf_blocklocal.replay import Replay
 from hf_blocklocal.shortcut import Shortcut, can_be_confined
-from hf_blocklocal.targets import choose_alignment
+from hf_blocklocal.targets import Task, choose_alignment
 from hf_blocklocal.trace import Trace, evaluation_mode
 
 
@@ -53,7 +53,6 @@ def build_shortcut(
     cut: Cut,
     inputs: Mapping[str, Any],
     reach: Sequence[set[str]],
-    owners: Mapping[str, int],
 ) -> Shortcut:
     """Return the way from the end of each block to the model's logits.
 
@@ -64,7 +63,6 @@ def build_shortcut(
         cut: Where it is cut.
         inputs: That batch.
         reach: For each block, the names of the parameters that its own layers use.
-        owners: The block that owns each parameter.
 
     Raises:
         UnsupportedSettingError: If the model cannot lend what is asked for.
@@ -81,11 +79,59 @@ def build_shortcut(
         )
     with evaluation_mode(model):
         confines = trace.task.target == "vocabulary" and can_be_confined(model, inputs)
-    shortcut = Shortcut(model, cut, trace, config.head_layers, reach, confines=confines)
+    if trace.stacks[-1] > 0 and config.block_parallel_size > 1:
+        raise UnsupportedSettingError(
+            f"head_layers={config.head_layers} and block_parallel_size={config.block_parallel_size} exclude each "
+            f"other for {type(model).__name__}: the decoder layers that a head borrows would need the states of the "
+            "encoder. Use head_layers=0."
+        )
+    return Shortcut(model, cut, trace, config.head_layers, reach, confines=confines)
+
+
+def lent_to_heads(
+    model: nn.Module, task: Task, shortcut: Shortcut | None, owners: Mapping[str, int], num_blocks: int
+) -> tuple[set[str], ...]:
+    """Return, for each block but the last, the names of the parameters of later blocks that its head uses.
+
+    Those are the ones that it borrows, or, over a vocabulary, the embedding of the targets.
+
+    Args:
+        model: The model.
+        task: What is to be predicted.
+        shortcut: The way through borrowed layers, if heads borrow any.
+        owners: The block that owns each parameter.
+        num_blocks: Blocks.
+    """
+    if shortcut is not None:
+        return tuple(shortcut.lent_weights(owners))
+    embedding = target_embedding(model) if task.target == "vocabulary" else None
+    names = {name for name, parameter in model.named_parameters() if parameter is embedding}
+    return tuple({name for name in names if owners[name] > block} for block in range(num_blocks - 1))
+
+
+def build_copies(
+    model: nn.Module, config: BlockLocalConfig, lent: Sequence[set[str]], shortcut: Shortcut | None
+) -> Copies | None:
+    """Return copies of what heads use of later blocks, where they are not to use it live.
+
+    Raises:
+        UnsupportedSettingError: If copies are asked for and there is nothing to copy.
+    """
     every, lag, decay = config.head_refresh_steps, config.head_refresh_lag, config.head_refresh_decay
-    if (every, lag, decay) != (1, 0, 0):
-        shortcut.copies = Copies(model, shortcut.lent_weights(owners), every=every, lag=lag, decay=decay)
-    return shortcut
+    if (every, lag, decay) == (1, 0, 0) and config.block_parallel_size == 1:
+        return None
+    if not any(lent):
+        if (every, lag, decay) != (1, 0, 0):
+            raise UnsupportedSettingError(
+                f"head_refresh_steps={every}, head_refresh_lag={lag} and head_refresh_decay={decay} are about copies "
+                f"of what heads use of later blocks, and the heads of {type(model).__name__} use nothing: "
+                f"head_layers={config.head_layers}. Leave them out."
+            )
+        return None
+    copies = Copies(model, lent, every=every, lag=lag, decay=decay)
+    if shortcut is not None:
+        shortcut.copies = copies
+    return copies
 
 
 def build_denoising(

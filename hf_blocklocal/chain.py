@@ -10,9 +10,10 @@ import atexit
 import logging
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -43,6 +44,7 @@ class Chain:
         control: Group of all processes, for tensors on the CPU.
         control_of_blocks: The same, of this chain.
         peers: The other processes.
+        device: Where this process computes.
         inbox: Where messages of the block below arrive; none at the first.
         outbox: Where messages to the block above are put; none at the last.
     """
@@ -56,8 +58,11 @@ class Chain:
     control: dist.ProcessGroup
     control_of_blocks: dist.ProcessGroup
     peers: Peers
+    device: torch.device
     inbox: Inbox | None = None
     outbox: Outbox | None = None
+    _outboxes: list[Outbox] = field(default_factory=list, repr=False)
+    _inboxes: list[Inbox] = field(default_factory=list, repr=False)
     _failed: bool = field(default=False, repr=False)
 
     @property
@@ -85,6 +90,35 @@ class Chain:
         """Seconds that this process has waited for a neighbour so far."""
         return sum(box.waited for box in (self.inbox, self.outbox) if box is not None)
 
+    def connect(self, ways: Sequence[tuple[int, int]]) -> tuple[dict[int, Outbox], dict[int, Inbox]]:
+        """Make one-way streams between blocks, the same ones in every chain. All processes must call it together.
+
+        Args:
+            ways: The block that sends, and the one that receives.
+
+        Returns:
+            The streams that begin in this process, by the block that they lead to, and those that end in it, by the
+            block that they come from.
+        """
+        outboxes: dict[int, Outbox] = {}
+        inboxes: dict[int, Inbox] = {}
+        for first in range(0, self.num_replicas * self.num_blocks, self.num_blocks):
+            for sender, receiver in ways:
+                headers = dist.new_group([first + sender, first + receiver], timeout=_PATIENCE, backend="gloo")
+                payload = headers
+                if dist.get_backend() != "gloo":
+                    payload = dist.new_group([first + sender, first + receiver], timeout=_PATIENCE)
+                if first == self.first_rank and self.block == sender:
+                    rank = first + receiver
+                    watch = partial(self.peers.check, rank)
+                    outboxes[receiver] = Outbox(Link(rank, headers, payload, self.device), watch)
+                elif first == self.first_rank and self.block == receiver:
+                    rank = first + sender
+                    inboxes[sender] = Inbox(Link(rank, headers, payload, self.device), partial(self.peers.check, rank))
+        self._outboxes += outboxes.values()
+        self._inboxes += inboxes.values()
+        return outboxes, inboxes
+
     def fail(self, error: BaseException) -> None:
         """Leave word of an error that ends this process."""
         self._failed = True
@@ -97,9 +131,9 @@ class Chain:
             sys.stdout.flush()
             sys.stderr.flush()
             os._exit(1)
-        if self.outbox is not None:
-            self.outbox.close()
-        ended = [box.join(10.0) for box in (self.outbox, self.inbox) if box is not None]
+        for box in [*self._outboxes, *self._inboxes]:
+            box.close()
+        ended = [box.join(10.0) for box in [*self._outboxes, *self._inboxes]]
         self.peers.stop()
         if not all(ended):
             logger.warning("A neighbour of block %d has not said goodbye.", self.block)
@@ -162,15 +196,11 @@ def form_chains(num_blocks: int, device: torch.device, *, peer_timeout: float) -
         control=dist.new_group(backend="gloo"),
         control_of_blocks=_control_of_blocks(world, num_blocks),
         peers=peers,
+        device=device,
     )
-    for lower in range(world - 1):
-        if (lower + 1) % num_blocks == 0:
-            continue
-        link_of = _edge(lower, lower + 1, device)
-        if rank == lower:
-            chain.outbox = Outbox(link_of(lower + 1), lambda error: peers.check(rank + 1, error))
-        elif rank == lower + 1:
-            chain.inbox = Inbox(link_of(lower), lambda error: peers.check(rank - 1, error))
+    outboxes, inboxes = chain.connect([(block, block + 1) for block in range(num_blocks - 1)])
+    chain.outbox = next(iter(outboxes.values()), None)
+    chain.inbox = next(iter(inboxes.values()), None)
     atexit.register(chain.close)
     return chain
 
@@ -180,12 +210,3 @@ def _control_of_blocks(world: int, num_blocks: int) -> dist.ProcessGroup:
     chains = [list(range(first, first + num_blocks)) for first in range(0, world, num_blocks)]
     groups = [dist.new_group(ranks, backend="gloo") for ranks in chains]
     return groups[dist.get_rank() // num_blocks]
-
-
-def _edge(lower: int, upper: int, device: torch.device) -> Callable[[int], Link]:
-    """Make the groups of two neighbours; all processes must take part in making them."""
-    headers = dist.new_group([lower, upper], timeout=_PATIENCE, backend="gloo")
-    payload = headers
-    if dist.get_backend() != "gloo":
-        payload = dist.new_group([lower, upper], timeout=_PATIENCE)
-    return lambda peer: Link(peer, headers, payload, device)

@@ -66,10 +66,6 @@ def _check_borrowing(config: Any) -> None:
 
 
 def _check_refresh(config: Any) -> None:
-    asked = {name: getattr(config, f"head_refresh_{name}") for name in ("steps", "lag", "decay")}
-    if config.head_layers == 0 and not config.head_lens and asked != {"steps": 1, "lag": 0, "decay": 0.0}:
-        given = ", ".join(f"head_refresh_{name}={value}" for name, value in asked.items())
-        raise ConfigError(f"{given} copies borrowed layers, and head_layers=0 borrows none. Set head_layers too.")
     if config.head_refresh_steps == 0 and (config.head_refresh_lag > 0 or config.head_refresh_decay > 0):
         raise ConfigError(
             "head_refresh_steps=0 keeps the layers that training began with, so head_refresh_lag="

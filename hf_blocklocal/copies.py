@@ -3,7 +3,8 @@
 Backpropagation would send a gradient down with every step; here weights go down now and then. With `every` steps from
 one copy to the next and a `lag`, at steps t that are multiples of `every` the heads take the weights as they stood
 after step t - lag, so no block has to wait for those above it. A `decay` makes the copies move only a part of the way:
-an exponential moving average, as in momentum networks.
+an exponential moving average, as in momentum networks. Where blocks are in several processes, the weights come by an
+exchange, at the same steps.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -22,6 +24,16 @@ from hf_blocklocal.fitting import first_misfit
 
 
 COPIES_NAME = "block_local_copies.safetensors"
+
+
+class Exchange(Protocol):
+    """The way weights take between processes that own them and those that borrow them."""
+
+    def give(self, used_at: int) -> None:
+        """Send weights of this process, as they are now, to where they come into use at a step."""
+
+    def take(self, used_at: int) -> dict[str, Tensor]:
+        """Return the weights that come into use here at a step, waiting for them if need be."""
 
 
 class Copies:
@@ -52,8 +64,29 @@ class Copies:
             if parameter in name_of
         ]
         self._places = [[place for place in places if place[2] in mine] for mine in lent]
-        self._waiting: dict[int, dict[str, Tensor]] = {}
+        self._waiting: dict[int, dict[str, Tensor] | None] = {}
+        self._exchange: Exchange | None = None
         self._step = -1
+
+    def of_block(self, block: int, exchange: Exchange) -> None:
+        """Keep only what the head of one block borrows, and get it from elsewhere from now on.
+
+        Args:
+            block: The block.
+            exchange: The way to the processes that own the weights, and to those that borrow from this one.
+        """
+        mine = {name for _, _, name in self._places[block]} if block < len(self._places) else set()
+        self._copies = {name: copy for name, copy in self._copies.items() if name in mine}
+        self._exchange = exchange
+
+    def move_(self, device: torch.device) -> None:
+        """Move the copies to a device."""
+        for copy in self._copies.values():
+            copy.data = copy.data.to(device)
+
+    def __getitem__(self, parameter: nn.Parameter) -> Tensor:
+        """Return the copy of a weight, or the weight itself where there is none."""
+        return next((self._copies[name] for name, p in self._live.items() if p is parameter), parameter)
 
     @torch.no_grad()
     def advance_(self, step: int) -> None:
@@ -67,18 +100,39 @@ class Copies:
         self._step = step
         if step == 0:
             self._waiting.clear()
-            for name, copy in self._copies.items():
-                copy.copy_(self._live[name])
-        if self.every == 0:
-            return
+            self._set_out(0, now=True)
+            self._arrive(0, decay=0.0)
         used_at = step + self.lag
-        if used_at % self.every == 0:
+        if self.every > 0 and used_at % self.every == 0 and used_at > 0:
             # Without lag they are used here and now, so nothing needs to be set aside.
-            taken = {name: p.detach() for name, p in self._live.items()}
-            self._waiting[used_at] = {name: p.clone() for name, p in taken.items()} if self.lag > 0 else taken
-        for name, weight in self._waiting.pop(step, {}).items():
-            copy = self._copies[name]
-            copy.lerp_(weight, 1 - self.decay) if self.decay > 0 else copy.copy_(weight)
+            self._set_out(used_at, now=self.lag == 0)
+        self._arrive(step, decay=self.decay)
+
+    def _set_out(self, used_at: int, *, now: bool) -> None:
+        """Let weights set out that come into use at a step."""
+        if self._exchange is not None:
+            self._exchange.give(used_at)
+            self._waiting[used_at] = None
+        else:
+            self._waiting[used_at] = {
+                name: p.detach() if now else p.detach().clone() for name, p in self._live.items()
+            }
+
+    def _arrive(self, step: int, *, decay: float) -> None:
+        """Take weights into use that set out for a step, if any did."""
+        if step not in self._waiting:
+            return
+        weights = self._waited_for(step)
+        del self._waiting[step]
+        for name, copy in self._copies.items():
+            weight = weights[name].to(copy.device)
+            copy.lerp_(weight, 1 - decay) if decay > 0 else copy.copy_(weight)
+
+    def _waited_for(self, step: int) -> dict[str, Tensor]:
+        weights = self._waiting[step]
+        if weights is None:
+            weights = self._waiting[step] = self._exchange.take(step)
+        return weights
 
     @contextmanager
     def in_use(self, block: int) -> Iterator[None]:
@@ -91,13 +145,22 @@ class Copies:
             for module, leaf, name in self._places[block]:
                 module._parameters[leaf] = self._live[name]
 
-    def save(self, save_directory: str | os.PathLike[str]) -> None:
-        """Write `block_local_copies.safetensors` into a folder: the copies, and those that wait to be used."""
+    def state(self) -> dict[str, Tensor]:
+        """Return the copies, and those that wait to be used, by names that say which they are."""
         tensors = {f"copy/{name}": copy.detach().contiguous() for name, copy in self._copies.items()}
-        for step, weights in self._waiting.items():
+        for step in self._waiting:
+            weights = self._waited_for(step)
             tensors |= {f"waiting/{step}/{name}": weight.contiguous() for name, weight in weights.items()}
-        schedule = torch.tensor([self._step, self.every, self.lag])
-        save_file(tensors | {"schedule": schedule}, Path(save_directory) / COPIES_NAME)
+        return tensors | {"schedule": torch.tensor([self._step, self.every, self.lag])}
+
+    def save(self, save_directory: str | os.PathLike[str], state: dict[str, Tensor] | None = None) -> None:
+        """Write `block_local_copies.safetensors` into a folder.
+
+        Args:
+            save_directory: The folder.
+            state: The state of all blocks together, where they are in several processes.
+        """
+        save_file(self.state() if state is None else state, Path(save_directory) / COPIES_NAME)
 
     def load_(self, save_directory: str | os.PathLike[str]) -> None:
         """Read the copies of an earlier run from its checkpoint.
@@ -122,6 +185,8 @@ class Copies:
                 "that run, or train on from the model weights alone."
             )
         copies = {key.removeprefix("copy/"): tensor for key, tensor in tensors.items() if key.startswith("copy/")}
+        if self._exchange is not None:  # the file is of all blocks
+            copies = {name: tensor for name, tensor in copies.items() if name in self._copies}
         if (misfit := first_misfit(self._copies, copies)) is not None:
             raise CopiesMismatchError(
                 f"The borrowed weights in {path} do not fit: {misfit}. Resume with the cut, the head_layers and the "
@@ -135,4 +200,6 @@ class Copies:
         for key, tensor in tensors.items():
             if key.startswith("waiting/"):
                 _, used_at, name = key.split("/", 2)
-                self._waiting.setdefault(int(used_at), {})[name] = tensor.to(self._live[name].device)
+                waiting = self._waiting.setdefault(int(used_at), {})
+                if name in self._copies:
+                    waiting[name] = tensor.to(self._copies[name].device)

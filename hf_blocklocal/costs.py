@@ -6,6 +6,7 @@ once per step, whatever the size of the batch, does not count either: the batch 
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -20,6 +21,10 @@ from hf_blocklocal.targets import Targets
 from hf_blocklocal.trace import evaluation_mode
 
 
+logger = logging.getLogger(__name__)
+
+# What training the blocks apart can gain is spent by heads that cost more than this share of their block.
+LIGHT = 0.1
 # A backward pass computes two products for each one of the forward pass: for the weights, and for the input.
 _FORWARD_AND_BACKWARD = 3
 
@@ -78,3 +83,15 @@ def _once_per_step(head: FeedbackHead, targets: Targets) -> int:
         if messages_CZ is not None and messages_CZ.requires_grad:
             messages_CZ.sum().backward()
     return counter.get_total_flops()
+
+
+def warn_of_heavy_heads(costs: Sequence[float]) -> None:
+    """Say which heads cost more than a tenth of their block."""
+    heavy = [f"{block} ({cost:.0%})" for block, cost in enumerate(costs) if cost > LIGHT]
+    if heavy:
+        logger.warning(
+            "The heads of these blocks cost more than %.0f%% of the operations of their block: %s. Larger blocks, "
+            "fewer head_layers or a smaller latent_dim make them lighter.",
+            100 * LIGHT,
+            ", ".join(heavy),
+        )

@@ -24,6 +24,11 @@ OWN_HEAD = (
     "bootstrap",
 )
 
+# Where blocks are in several processes, nothing can be borrowed live without waiting for it. Lower blocks run ahead of
+# upper ones by as many steps as messages may wait.
+REFRESH_STEPS = 10
+REFRESH_LAG = 10
+
 
 def default_head_layers(num_blocks: int) -> int:
     """Return how many layers heads borrow by default: one where the model is cut in two, else two.
@@ -44,4 +49,8 @@ def settled(config: BlockLocalConfig, *, single_stack: bool) -> BlockLocalConfig
     if config.head_layers is not None:
         return config
     own_head = not single_stack or any(getattr(config, name) != getattr(BlockLocalConfig, name) for name in OWN_HEAD)
-    return replace(config, head_layers=0 if own_head else default_head_layers(config.num_blocks))
+    config = replace(config, head_layers=0 if own_head else default_head_layers(config.num_blocks))
+    live = (config.head_refresh_steps, config.head_refresh_lag) == (1, 0)
+    if config.head_layers > 0 and live and config.block_parallel_size > 1:
+        return replace(config, head_refresh_steps=REFRESH_STEPS, head_refresh_lag=REFRESH_LAG)
+    return config

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from hf_blocklocal.assembly import Assembly
 from hf_blocklocal.chain import Chain
 from hf_blocklocal.errors import BatchMismatchError
+from hf_blocklocal.exchange import WeightExchange
 from hf_blocklocal.gathering import gather_to_first
 from hf_blocklocal.needs import trace_needs
 from hf_blocklocal.stage import Stage, let_go_, move_, names_of, unneeded_here
@@ -33,7 +34,11 @@ class Stationing:
         self.names = names_of(assembly.module)
         self.owners = {p: block for block, mine in enumerate(assembly.parameters) for p in mine}
         needs = trace_needs(model, boundaries, batch)
-        unneeded = unneeded_here(model, boundaries, chain.block, needs)
+        unneeded = unneeded_here(model, boundaries, chain.block, needs) - self._lent_as_it_is()
+        copies = assembly.copies
+        if copies is not None:
+            exchange = WeightExchange(chain, dict(model.named_parameters()), assembly.lent, assembly.owners)
+            copies.of_block(chain.block, exchange)
         heads = [p for block, head in enumerate(assembly.heads) if block != chain.block for p in head.parameters()]
         let_go_([p for name, p in model.named_parameters() if name in unneeded] + heads)
         boundaries.station = Stage(
@@ -53,6 +58,8 @@ class Stationing:
     def move_(self, device: torch.device) -> None:
         """Move what is here to a device."""
         move_(self._assembly.module, device)
+        if self._assembly.copies is not None:
+            self._assembly.copies.move_(device)
 
     def announce(self, inputs: Mapping[str, Any], where: tuple[int | str, ...]) -> None:
         """Say what the messages to come belong to.
@@ -83,6 +90,12 @@ class Stationing:
             whole[name] = gathered.get(self.names.get(tensor, name), tensor.detach())
         return whole
 
+    def _lent_as_it_is(self) -> set[str]:
+        """Return the names of what this block's head uses of later blocks and nobody trains."""
+        block, model = self._chain.block, self._assembly.module.model
+        lent = self._assembly.lent[block] if block < len(self._assembly.lent) else set()
+        return {name for name in lent if not model.get_parameter(name).requires_grad}
+
     def _block_of_buffer(self, name: str, cut: Any) -> int:
         part, inside = name.split(".", 1)
         if part == "heads":
@@ -94,9 +107,9 @@ class Stationing:
         if message.facts != self._facts:
             raise BatchMismatchError(
                 f"Block {self._chain.block} has read {_told(self._facts)}, and block {self._chain.block - 1} sent "
-                f"what it made of {_told(message.facts)}. All processes of a chain must read the same batches in the same "
-                "order: seed whatever is random in data set, sampler and collator, and let none of it depend on the "
-                "rank."
+                f"what it made of {_told(message.facts)}. All processes of a chain must read the same batches in the "
+                "same order: seed whatever is random in data set, sampler and collator, and let none of it depend on "
+                "the rank."
             )
         return message.value
 

@@ -11,7 +11,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -154,6 +154,7 @@ class Inbox(_Worker):
 
     def __init__(self, link: Link, watch: Callable[[BaseException | None], None]) -> None:
         self._watch = watch
+        self._closing = threading.Event()
         super().__init__(link, self._receive_all, "receive from")
 
     def take(self) -> Message:
@@ -177,4 +178,14 @@ class Inbox(_Worker):
                 tensor = TensorForm(dtype, tuple(shape)).empty(self.link.staging)
                 dist.recv(tensor, self.link.peer, group=self.link.payload)
                 tensors.append(tensor.to(self.link.device))
-            self._queue.put(Message(said["facts"], put_together(said["value"], tensors)))
+            self._keep(Message(said["facts"], put_together(said["value"], tensors)))
+
+    def _keep(self, message: Message) -> None:
+        while not self._closing.is_set():
+            with suppress(queue.Full):
+                self._queue.put(message, timeout=_POLL)
+                break
+
+    def close(self) -> None:
+        """Let everything that still comes go by, until the other side says that nothing more will."""
+        self._closing.set()

@@ -206,15 +206,28 @@ REFUSALS = {
         {"head_lens": 1},
         "head_lens must be true or false, got 1.",
     ),
-    "copies of nothing": (
-        {"head_layers": 0, "head_refresh_steps": 10},
-        "head_refresh_steps=10, head_refresh_lag=0, head_refresh_decay=0.0 copies borrowed layers, and head_layers=0 "
-        "borrows none. Set head_layers too.",
+    "as many processes as there are no blocks": (
+        {"num_blocks": 4, "block_parallel_size": 2},
+        "block_parallel_size=2 and num_blocks=4 do not go together: every block gets a process of its own. Use "
+        "block_parallel_size=4, or 1 for all blocks in one process.",
     ),
-    "late copies of nothing": (
-        {"head_layers": 0, "head_refresh_lag": 2},
-        "head_refresh_steps=1, head_refresh_lag=2, head_refresh_decay=0.0 copies borrowed layers, and head_layers=0 "
-        "borrows none. Set head_layers too.",
+    "no process": (
+        {"block_parallel_size": 0},
+        "block_parallel_size must be a whole number of at least 1, got 0.",
+    ),
+    "overlap between processes": (
+        {"num_blocks": 2, "block_parallel_size": 2, "overlap": 1},
+        "block_parallel_size=2 and overlap=1 exclude each other: a block in a process of its own sees neither the "
+        "gradients nor the feedback networks of the others. Leave one of the two out.",
+    ),
+    "gradients of different processes": (
+        {"num_blocks": 2, "block_parallel_size": 2, "tied_weights": "add"},
+        "block_parallel_size=2 and tied_weights='add' exclude each other: the gradients of a weight that is used in "
+        "several processes are nowhere together. Use tied_weights='untie' or 'freeze'.",
+    ),
+    "no patience": (
+        {"peer_timeout": 0},
+        "peer_timeout must be a number of seconds of at least 3, got 0.",
     ),
     "a lag behind the start": (
         {"head_layers": 1, "head_refresh_steps": 0, "head_refresh_lag": 2},

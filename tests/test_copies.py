@@ -13,7 +13,7 @@ from zoo import SPECIMENS
 
 from hf_blocklocal import BlockLocalConfig, assemble
 from hf_blocklocal.copies import COPIES_NAME, Copies
-from hf_blocklocal.errors import CopiesMismatchError
+from hf_blocklocal.errors import CopiesMismatchError, UnsupportedSettingError
 
 
 LENT = [{"1.weight", "1.bias", "2.weight"}, {"2.weight"}]
@@ -254,3 +254,25 @@ def test_a_checkpoint_with_other_copies_is_refused(saved, asked, message, tmp_pa
     with pytest.raises(CopiesMismatchError, match=message):
         other.train(resume_from_checkpoint=True)
     assert equal(before, snapshot(other))
+
+
+@pytest.mark.parametrize("setting", [{"head_refresh_steps": 10}, {"head_refresh_lag": 2}, {"head_refresh_decay": 0.5}])
+def test_copies_of_nothing_are_refused(setting):
+    specimen = SPECIMENS["bert"]
+    with pytest.raises(UnsupportedSettingError, match=r"the heads of BertForSequenceClassification use nothing"):
+        assemble(specimen.build(), BlockLocalConfig(head_layers=0, **setting), specimen.batch(0))
+
+
+def test_heads_of_their_own_over_a_vocabulary_can_have_a_copy_of_the_target_embedding():
+    specimen = SPECIMENS["llama"]
+    model, batch = specimen.build(), specimen.batch(0)
+    config = BlockLocalConfig(head_layers=0, head_refresh_steps=2, negatives=None)
+    assembly = assemble(model, config, batch)
+    head, before = model.lm_head.weight, model.lm_head.weight.detach().clone()
+    assembly.begin_step(0)
+    with torch.no_grad():
+        head.add_(1.0)
+    assembly.begin_step(1)
+    assert torch.equal(assembly.read_targets(batch).candidates.embedding_CE, before)
+    assembly.begin_step(2)
+    assert torch.equal(assembly.read_targets(batch).candidates.embedding_CE, head)
