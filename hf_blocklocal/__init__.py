@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from hf_blocklocal.anatomy import Stack, find_stacks
 from hf_blocklocal.assembly import Assembly, TaughtModel, assemble
+from hf_blocklocal.attaching import load_heads
 from hf_blocklocal.blocks import Boundaries, Cut
 from hf_blocklocal.config import BlockLocalConfig
 from hf_blocklocal.errors import BlockLocalError
@@ -33,4 +34,5 @@ __all__ = [
     "assemble",
     "build_head",
     "find_stacks",
+    "load_heads",
 ]

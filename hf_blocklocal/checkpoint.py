@@ -56,8 +56,7 @@ def load_heads_(heads: nn.Module, save_directory: str | os.PathLike[str], *, cut
             f"{save_directory} holds no {HEADS_NAME}: it was not saved by block-local training. Start from its model "
             "weights instead of resuming, or choose another checkpoint."
         )
-    with safe_open(path, framework="pt") as file:
-        saved = json.loads((file.metadata() or {}).get("boundaries", "null"))
+    saved = _boundaries(path)
     boundaries = [span.start for span in cut.spans[1:]]
     if saved != boundaries:
         blocks = "an unknown number of" if saved is None else len(saved) + 1
@@ -69,6 +68,18 @@ def load_heads_(heads: nn.Module, save_directory: str | os.PathLike[str], *, cut
     tensors = load_file(path)
     _check_tensors(path, tensors, heads.state_dict())
     heads.load_state_dict(tensors)
+
+
+def saved_boundaries(save_directory: str | os.PathLike[str]) -> tuple[int, ...] | None:
+    """Return the first layer of every block but the first, for the heads in a folder; None if that is unknown."""
+    path = Path(save_directory) / HEADS_NAME
+    boundaries = _boundaries(path) if path.is_file() else None
+    return None if boundaries is None else tuple(boundaries)
+
+
+def _boundaries(path: Path) -> list[int] | None:
+    with safe_open(path, framework="pt") as file:
+        return json.loads((file.metadata() or {}).get("boundaries", "null"))
 
 
 def _check_tensors(path: Path, saved: dict[str, Tensor], expected: dict[str, Tensor]) -> None:

@@ -63,6 +63,18 @@ class BoundaryNotReachedError(BlockLocalError, RuntimeError):
     """A forward pass ended without running the last layer of a block, so the block could not learn."""
 
 
+class NotPushableError(BlockLocalError, ValueError):
+    """A push cannot work as asked: the folder is no run, or name or token will not do. Nothing was sent."""
+
+
+class PushError(BlockLocalError, RuntimeError):
+    """A run did not get to the Hub. It is whole on disk, and the message holds the command that sends it later."""
+
+
+class FetchError(BlockLocalError, RuntimeError):
+    """What was named is no folder and no repository that can be read. The message says why; nothing was loaded."""
+
+
 class MissingExtraError(BlockLocalError, ImportError):
     """A library that only some users need is not installed. Run the command in the message."""
 

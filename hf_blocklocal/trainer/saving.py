@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import shutil
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
 from hf_blocklocal.anchor import Anchor
-from hf_blocklocal.checkpoint import FILES, load_heads_, save_heads
+from hf_blocklocal.checkpoint import load_heads_, save_heads
 from hf_blocklocal.copies import Copies
+from hf_blocklocal.hub import fetch
 from hf_blocklocal.trainer.placing import PlacesBlocks
 
 
@@ -41,12 +40,19 @@ class SavesBlocks(PlacesBlocks):
         for kept in self._keepsakes if self.args.should_save else ():
             kept.save(output_dir)
 
-    def load_heads(self, folder: str) -> None:
+    def load_heads(self, source: str, *, revision: str | None = None, token: str | None = None) -> None:
         """Load the heads saved beside a model, so that an evaluation reports what each block would have predicted.
 
+        Args:
+            source: A folder, or a repository on the Hub.
+            revision: Branch, tag or commit of the repository.
+            token: A token that may read it; by default `hub_token`.
+
         Raises:
+            FetchError: If the source cannot be read.
             HeadsMismatchError: If they belong to another model or cut. Nothing has been loaded then.
         """
+        folder = fetch(source, revision=revision, token=token or self.args.hub_token)
         load_heads_(self.assembly.heads, folder, cut=self.assembly.cut)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
@@ -60,13 +66,6 @@ class SavesBlocks(PlacesBlocks):
         """Load the heads that belong to the best model."""
         super()._load_best_model()
         self.load_heads(self.state.best_model_checkpoint)
-
-    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        """Take config and heads along to the Hub."""
-        if self.is_world_process_zero():
-            for name in FILES:
-                shutil.copy(Path(checkpoint_folder) / name, Path(self.args.output_dir) / name)
-        super()._push_from_checkpoint(checkpoint_folder)
 
 
 def _part(state_dict: dict[str, Tensor], part: str) -> dict[str, Tensor]:

@@ -30,6 +30,7 @@ from hf_blocklocal.settings import check_arguments, check_launcher, check_loss_s
 from hf_blocklocal.step import StepReport
 from hf_blocklocal.trainer.evaluating import EvaluatesBlocks
 from hf_blocklocal.trainer.placing import PlacesBlocks
+from hf_blocklocal.trainer.pushing import PushesRuns
 from hf_blocklocal.trainer.saving import SavesBlocks
 from hf_blocklocal.updates import BlockUpdates
 
@@ -37,7 +38,7 @@ from hf_blocklocal.updates import BlockUpdates
 logger = logging.getLogger(__name__)
 
 
-class BlockLocalTrainer(EvaluatesBlocks, SavesBlocks, PlacesBlocks, Trainer):
+class BlockLocalTrainer(EvaluatesBlocks, SavesBlocks, PushesRuns, PlacesBlocks, Trainer):
     """Fine-tune a transformers model block by block, each block from its own loss.
 
     Takes the arguments of `transformers.Trainer` and one more. With one block it is the `Trainer`, to the bit. With

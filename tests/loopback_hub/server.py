@@ -15,7 +15,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
-from loopback_hub.store import Refusal, Store, is_large, oid, pipeline_tag
+from loopback_hub.store import RefusedError, Store, is_large, oid, pipeline_tag
 
 
 NAME = r"(?P<name>[\w.-]+/[\w.-]+)"
@@ -190,8 +190,8 @@ class _Handler(BaseHTTPRequestHandler):
                     if self.command in method and (found := re.fullmatch(pattern, url.path)):
                         route(self, body, **{key: unquote(value or "") for key, value in found.groupdict().items()})
                         return
-            raise Refusal(404, f"Nothing here: {self.command} {url.path}", "EntryNotFound")
-        except Refusal as refusal:
+            raise RefusedError(404, f"Nothing here: {self.command} {url.path}", "EntryNotFound")
+        except RefusedError as refusal:
             headers = {"X-Error-Message": refusal.text, "Content-Type": "application/json"}
             headers |= {"X-Error-Code": refusal.code} if refusal.code else {}
             self._answer(refusal.status, {"error": refusal.text}, headers)
@@ -207,7 +207,7 @@ class _Handler(BaseHTTPRequestHandler):
     def whoami(self, _body: bytes) -> None:
         user = self.server.store.user(self._token)
         if user is None:
-            raise Refusal(401, "Invalid username or password.")
+            raise RefusedError(401, "Invalid username or password.")
         self._answer(200, {"type": "user", "name": user.name, "auth": {"accessToken": {"role": user.role}}})
 
     def create(self, body: bytes) -> None:
@@ -222,7 +222,7 @@ class _Handler(BaseHTTPRequestHandler):
     def branch(self, _body: bytes, name: str, revision: str) -> None:
         repository = self.server.store.find(self._token, name, write=True)
         if revision in repository.branches:
-            raise Refusal(409, "Reference already exists")
+            raise RefusedError(409, "Reference already exists")
         repository.branches[revision] = repository.branches["main"]
         self._answer(200, {})
 
@@ -253,7 +253,7 @@ class _Handler(BaseHTTPRequestHandler):
     def large_verify(self, body: bytes, sha256: str) -> None:
         content = self.server.store.large.get(sha256)
         if content is None or len(content) != json.loads(body)["size"]:
-            raise Refusal(404, "Not uploaded")
+            raise RefusedError(404, "Not uploaded")
         self._answer(200)
 
     def commit(self, body: bytes, name: str, revision: str) -> None:
@@ -276,7 +276,7 @@ class _Handler(BaseHTTPRequestHandler):
         inside = f"{folder}/" if folder else ""
         files = {path: content for path, content in repository.files(revision).items() if path.startswith(inside)}
         if not files:
-            raise Refusal(404, f"{folder} does not exist", "EntryNotFound")
+            raise RefusedError(404, f"{folder} does not exist", "EntryNotFound")
         is_recursive = self.query.get("recursive", ["false"])[0].lower() == "true"
         shown = {path: content for path, content in files.items() if is_recursive or "/" not in path[len(inside) :]}
         entries = []

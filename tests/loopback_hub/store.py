@@ -1,6 +1,6 @@
 """What a Hub remembers: who holds which token, and repositories as branches of commits of files.
 
-It knows nothing of HTTP. What it refuses is a `Refusal`, with the status and the code that the real Hub answers with.
+It knows nothing of HTTP. What it refuses is a `RefusedError`, with the status and the code that the real Hub answers with.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class User:
     role: str = "write"
 
 
-class Refusal(Exception):
+class RefusedError(Exception):
     """A request that the Hub turns down."""
 
     def __init__(self, status: int, text: str, code: str | None = None) -> None:
@@ -55,7 +55,7 @@ class Repository:
     def commit(self, revision: str, changes: dict[str, bytes | None], message: str) -> str:
         """Put files on a branch; None deletes. Returns the new commit."""
         if revision not in self.branches:
-            raise Refusal(404, f"Invalid rev id: {revision}", "RevisionNotFound")
+            raise RefusedError(404, f"Invalid rev id: {revision}", "RevisionNotFound")
         files = {**self.commits[self.branches[revision]], **changes}
         kept = {path: content for path, content in files.items() if content is not None}
         self.branches[revision] = self._add(kept, message)
@@ -65,7 +65,7 @@ class Repository:
         """Return the commit that a branch or a hash names."""
         commit = self.branches.get(revision, revision)
         if commit not in self.commits:
-            raise Refusal(404, f"Invalid rev id: {revision}", "RevisionNotFound")
+            raise RefusedError(404, f"Invalid rev id: {revision}", "RevisionNotFound")
         return commit
 
     def files(self, revision: str = "main") -> dict[str, bytes]:
@@ -86,17 +86,17 @@ class Store:
         if token is None:
             return None
         if token not in self.users:
-            raise Refusal(401, "Invalid credentials in Authorization header")
+            raise RefusedError(401, "Invalid credentials in Authorization header")
         return self.users[token]
 
     def create(self, token: str | None, wanted: dict[str, Any]) -> tuple[str, bool]:
         """Make a repository; returns its name and whether it is new."""
         user = self.user(token)
         if user is None:
-            raise Refusal(401, "Invalid username or password.")
+            raise RefusedError(401, "Invalid username or password.")
         owner = wanted.get("organization") or user.name
         if user.role != "write" or owner != user.name:
-            raise Refusal(403, f'You don\'t have the rights to create a model under the namespace "{owner}"')
+            raise RefusedError(403, f'You don\'t have the rights to create a model under the namespace "{owner}"')
         name = f"{owner}/{wanted['name']}"
         if name in self.repositories:
             return name, False
@@ -110,17 +110,17 @@ class Store:
         repository = self.repositories.get(name)
         owner = name.partition("/")[0]
         if repository is None or (repository.private and (user is None or user.name != owner)):
-            raise Refusal(404 if user else 401, "Repository not found", "RepoNotFound")
+            raise RefusedError(404 if user else 401, "Repository not found", "RepoNotFound")
         if write and user is None:
-            raise Refusal(401, "Invalid username or password.")
+            raise RefusedError(401, "Invalid username or password.")
         if write and (user.role != "write" or user.name != owner):
-            raise Refusal(403, f"Forbidden: you have no write access to {name}")
+            raise RefusedError(403, f"Forbidden: you have no write access to {name}")
         return repository
 
     def upload(self, sha256: str, content: bytes) -> None:
         """Keep a large file, if it is what its name says."""
         if hashlib.sha256(content).hexdigest() != sha256:
-            raise Refusal(400, "The content does not match its sha256")
+            raise RefusedError(400, "The content does not match its sha256")
         self.large[sha256] = content
 
     def changes(self, lines: list[dict[str, Any]]) -> tuple[dict[str, bytes | None], dict[str, Any]]:
@@ -135,7 +135,7 @@ class Store:
                 changes[value["path"]] = base64.b64decode(value["content"])
             elif line["key"] == "lfsFile":
                 if value["oid"] not in self.large:
-                    raise Refusal(400, f"LFS object {value['oid']} of {value['path']} was never uploaded")
+                    raise RefusedError(400, f"LFS object {value['oid']} of {value['path']} was never uploaded")
                 changes[value["path"]] = self.large[value["oid"]]
             else:
                 changes[value["path"]] = None

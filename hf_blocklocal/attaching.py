@@ -1,0 +1,49 @@
+"""Put saved heads back on a plain model."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from torch import nn
+
+from hf_blocklocal.assembly import Assembly, assemble
+from hf_blocklocal.checkpoint import load_heads_, saved_boundaries
+from hf_blocklocal.config import BlockLocalConfig
+from hf_blocklocal.hub import fetch
+
+
+def load_heads(
+    source: str | os.PathLike[str],
+    model: nn.Module,
+    inputs: Mapping[str, Any],
+    *,
+    revision: str | None = None,
+    token: str | None = None,
+) -> Assembly:
+    """Attach the heads that a model was trained with, to go on training or to see what each block predicts.
+
+    Args:
+        source: A folder that `save_model()` has written, or a repository on the Hub.
+        model: The model, loaded from there or anywhere with `from_pretrained`.
+        inputs: A small batch with labels, on the model's device; it tells what the model is to predict.
+        revision: Branch, tag or commit of the repository.
+        token: A token that may read it; None takes that of `hf auth login` or HF_TOKEN.
+
+    Returns:
+        The model, cut as it was trained, with its heads.
+
+    Raises:
+        FetchError: If the source cannot be read.
+        HeadsMismatchError: If the heads belong to another model, naming the first tensor that does not fit.
+    """
+    folder = fetch(source, revision=revision, token=token)
+    config = BlockLocalConfig.from_pretrained(folder)
+    if config.balance != "layers":
+        # The balance depends on the traced batch; where the cut has been is known.
+        config = replace(config, boundaries=saved_boundaries(folder), balance="layers")
+    assembly = assemble(model, config, inputs)
+    load_heads_(assembly.heads, folder, cut=assembly.cut)
+    return assembly
