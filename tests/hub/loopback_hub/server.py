@@ -55,6 +55,7 @@ class LoopbackHub(ThreadingHTTPServer):
         requests: Method and path of every request so far.
         clock: When each of them came.
         mistakes: Errors of its own, which no test wants to see.
+        takes_large_files: Whether large files go to a storage of their own, or into the commit as small ones do.
     """
 
     daemon_threads = True
@@ -66,6 +67,7 @@ class LoopbackHub(ThreadingHTTPServer):
         self.requests: list[str] = []
         self.clock: list[float] = []
         self.mistakes: list[BaseException | None] = []
+        self.takes_large_files = True
         self.lock = threading.RLock()
         self._closed = threading.Event()
         self._sockets: set[socket.socket] = set()
@@ -232,9 +234,12 @@ class _Handler(BaseHTTPRequestHandler):
         files = []
         for wanted in json.loads(body)["files"]:
             path = wanted["path"]
-            entry = {"path": path, "uploadMode": "lfs" if is_large(path) else "regular", "shouldIgnore": False}
+            entry = {"path": path, "uploadMode": self._storage_of(path), "shouldIgnore": False}
             files.append(entry | ({"oid": oid(path, present[path])} if path in present else {}))
         self._answer(200, {"files": files})
+
+    def _storage_of(self, path: str) -> str:
+        return "lfs" if self.server.takes_large_files and is_large(path) else "regular"
 
     def large_batch(self, body: bytes, name: str) -> None:
         self.server.store.find(self._token, name, write=True)

@@ -1,6 +1,6 @@
 """What a Hub remembers: who holds which token, and repositories as branches of commits of files.
 
-It knows nothing of HTTP. What it refuses is a `RefusedError`, with the status and the code that the real Hub answers with.
+It knows nothing of HTTP. What it refuses is a `RefusedError`, with the status and code of the real Hub.
 """
 
 from __future__ import annotations
