@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, wait
@@ -13,6 +14,7 @@ from tempfile import TemporaryDirectory
 
 from huggingface_hub import CommitInfo
 
+from hf_blocklocal.errors import NotPushableError
 from hf_blocklocal.hub.failures import cause_of
 from hf_blocklocal.hub.files import checkpoint_files, run_files, stage
 from hf_blocklocal.hub.push import Destination, Patience, in_background, send
@@ -33,10 +35,14 @@ class PushesBeside:
 
     def __init__(self, patience: Patience) -> None:
         self.patience = patience
-        self._pool = ThreadPool(1)
-        self._under_way: dict[Future[CommitInfo], float] = {}
+        self._begin()
         self._unsent: dict[str, Path] = {}
         self._told: set[str] = set()
+
+    def _begin(self) -> None:
+        self._pool = ThreadPool(1)
+        self._given_up = threading.Event()
+        self._under_way: dict[Future[CommitInfo], float] = {}
 
     @property
     def is_busy(self) -> bool:
@@ -67,13 +73,15 @@ class PushesBeside:
                 files |= checkpoint_files(path, place)
             aside = TemporaryDirectory(dir=folder, prefix="_push-", ignore_cleanup_errors=True)
             staged = stage(files, Path(aside.name))
-        except OSError as error:  # a full disk, say
-            self._tell(type(error).__name__, str(error))
+        except (OSError, NotPushableError) as error:  # a full disk, say
+            self._tell(type(error).__name__, str(error).rstrip("."))
             return
+
+        given_up = self._given_up
 
         def work() -> CommitInfo:
             with aside:
-                return send(staged, destination, message=message, silence=self.patience.silence)
+                return send(staged, destination, message=message, silence=self.patience.silence, given_up=given_up)
 
         self.start(work, seconds=self.patience.limit_for(files), places=places)
 
@@ -106,8 +114,9 @@ class PushesBeside:
         self._under_way = {future: until for future, until in self._under_way.items() if not future.done()}
         if any(until <= now for until in self._under_way.values()):
             self._tell("silence", "the Hub does not come to an end")
+            self._given_up.set()
             self._pool.close()
-            self._pool, self._under_way = ThreadPool(1), {}
+            self._begin()
 
     def _ended(self, future: Future[CommitInfo], *, places: Mapping[str, Path]) -> None:
         error = future.exception()

@@ -9,6 +9,7 @@ import itertools
 import logging
 import os
 import shlex
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, wait
@@ -30,6 +31,10 @@ from hf_blocklocal.hub.files import run_files
 logger = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
+
+# Below this size, these travel in the commit itself.
+_TEXTS = (".json", ".jsonl", ".md", ".txt", ".jinja", ".py")
+_SMALL = 1_000_000
 
 
 @dataclass(frozen=True)
@@ -126,23 +131,45 @@ def announce(destination: Destination, *, silence: float) -> str:
         )
 
 
-def send(files: Mapping[str, Path], destination: Destination, *, message: str, silence: float) -> CommitInfo:
+def send(
+    files: Mapping[str, Path],
+    destination: Destination,
+    *,
+    message: str,
+    silence: float,
+    given_up: threading.Event | None = None,
+) -> CommitInfo:
     """Send files once, as a single commit: all of them arrive, or none.
+
+    Large files go one by one, because the client sends several in threads that would keep the process from ending.
 
     Args:
         files: Paths on disk by their paths in the repository.
         destination: Where to.
         message: First line of the commit.
         silence: Seconds without an answer before this fails.
+        given_up: Set when nobody waits for this any more; then nothing is committed, so that it cannot undo what has
+            been pushed since.
     """
     repo = announce(destination, silence=silence)
-    api = HfApi(token=destination.token)
-    revision = destination.revision
-    with answers_within(silence):
-        if revision is not None and not revision.startswith("refs/"):
+    api, revision = HfApi(token=destination.token), destination.revision
+    if revision is not None and not revision.startswith("refs/"):
+        with answers_within(silence):
             api.create_branch(repo, branch=revision, exist_ok=True)
-        operations = [CommitOperationAdd(name, file) for name, file in files.items()]
-        return api.create_commit(repo, operations, commit_message=message, revision=revision)
+    additions = [CommitOperationAdd(name, file) for name, file in files.items()]
+    for addition in additions:
+        if _may_be_large(Path(addition.path_or_fileobj)):
+            # Anew for each, because the client makes itself a new session after a failure.
+            with answers_within(silence):
+                api.preupload_lfs_files(repo, [addition], revision=revision)
+    if given_up is not None and given_up.is_set():
+        raise PushError(f"{destination.repo} took longer than there was time.")
+    with answers_within(silence):
+        return api.create_commit(repo, additions, commit_message=message, revision=revision)
+
+
+def _may_be_large(file: Path) -> bool:
+    return file.suffix not in _TEXTS or file.stat().st_size > _SMALL
 
 
 def push_run(
@@ -168,8 +195,14 @@ def push_run(
     files = run_files(folder)
     check_destination(destination)
     logger.info("The run is saved in %s; pushing it to %s.", folder, destination.repo)
+    given_up = threading.Event()
     attempts = _Attempts(Path(folder), destination, patience, deadline=time.monotonic() + patience.limit_for(files))
-    return attempts.make(lambda: send(files, destination, message=message, silence=patience.silence))
+    try:
+        return attempts.make(
+            lambda: send(files, destination, message=message, silence=patience.silence, given_up=given_up)
+        )
+    finally:
+        given_up.set()
 
 
 @dataclass(frozen=True)

@@ -139,8 +139,8 @@ def test_the_last_word_names_folder_and_command(hub, run):
     hub.fail("/commit/", 500)
     text = refused(run, private=True, revision="first try")
     assert text == (
-        f"The run was not pushed to ann/run, tried 3 times: the Hub answered 500. Nothing is lost: it is saved in {run}. "
-        f"To finish the push later, run: python scripts/push.py {run} ann/run --private --revision 'first try'"
+        f"The run was not pushed to ann/run, tried 3 times: the Hub answered 500. Nothing is lost: it is saved in "
+        f"{run}. To finish the push later, run: python scripts/push.py {run} ann/run --private --revision 'first try'"
     )
     assert hub.count("/commit/") == 3
 

@@ -1,0 +1,305 @@
+"""The trainer pushes what it saves, trains on whatever the Hub does, and finds its way back from there."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import pytest
+from loopback_hub import LoopbackHub
+from sharing import make, talk_to
+from test_parity import equal
+from transformers import TrainerCallback
+
+from hf_blocklocal.errors import FetchError, NotPushableError, PushError
+from hf_blocklocal.hub import Patience
+
+
+MODEL = {"block_local_config.json", "block_local_heads.safetensors", "config.json", "model.safetensors"}
+SAVES = {"save_strategy": "steps", "save_steps": 1, "max_steps": 3}
+
+
+def pushing(folder, strategy="every_save", **settings):
+    settings = {"push_to_hub": True, "hub_model_id": "ann/run", "hub_strategy": strategy} | SAVES | settings
+    return make(folder, **settings)
+
+
+def ours(caplog):
+    return [record.getMessage() for record in caplog.records if record.name.startswith("hf_blocklocal")]
+
+
+def top(files):
+    return {name.partition("/")[0] for name in files}
+
+
+# ---- Beside training ----
+
+
+@pytest.mark.parametrize(
+    ("strategy", "folders"),
+    [
+        ("end", set()),
+        ("every_save", set()),
+        ("checkpoint", {"last-checkpoint"}),
+        ("all_checkpoints", {"checkpoint-1", "checkpoint-2", "checkpoint-3"}),
+    ],
+)
+def test_what_a_run_leaves_on_the_hub(hub, tmp_path, strategy, folders):
+    trainer = pushing(tmp_path / "run", strategy, hub_always_push=True)
+    trainer.train()
+    files = hub.files("ann/run")
+    assert {name for name in top(files) if "checkpoint" in name} == folders
+    if strategy == "end":
+        assert top(files) == {".gitattributes"}
+    else:
+        assert top(files) >= MODEL
+        assert files["model.safetensors"] == (tmp_path / "run" / "checkpoint-3" / "model.safetensors").read_bytes()
+        assert hub.store.repositories["ann/run"].messages[1:] == [
+            f"Training in progress, step {step}" for step in (1, 2, 3)
+        ]
+    for folder in folders:
+        assert {f"{folder}/optimizer.pt", f"{folder}/trainer_state.json"} <= files.keys()
+    trainer.push_to_hub()
+    assert top(hub.files("ann/run")) >= MODEL | {"README.md"}
+    assert not list((tmp_path / "run").glob("_push-*"))
+
+
+def test_a_hub_that_fails_changes_no_weight_and_is_told_of_once(hub, tmp_path, caplog):
+    plain = make(tmp_path / "plain", **SAVES)
+    plain.train()
+    trainer = pushing(tmp_path / "run", hub_always_push=True)
+    hub.fail("/commit/", 500)
+    trainer.train()
+    assert equal(trainer.model.state_dict(), plain.model.state_dict())
+    assert ours(caplog) == [
+        "A push beside training failed: the Hub answered 500. Training goes on; the next save tries again."
+    ]
+    assert hub.count("/commit/") == 3
+
+
+def test_each_cause_is_told_of_and_again_after_a_push_that_went_well(hub, tmp_path, caplog):
+    trainer = pushing(tmp_path / "run", hub_always_push=True, max_steps=5)
+    hub.fail("/commit/", 500, times=1)
+    hub.fail("/commit/", 409, times=1)
+    hub.fail("/commit/", 500, times=1, after=1)
+    trainer.train()
+    told = [text.partition("failed: ")[2].partition(". Training")[0] for text in ours(caplog)]
+    assert [text[:22] for text in told] == ["the Hub answered 500", "the Hub answered 409", "the Hub answered 500"]
+    assert len(hub.store.repositories["ann/run"].messages) == 1 + 2
+
+
+def test_checkpoints_that_did_not_arrive_are_sent_with_the_next_save(hub, tmp_path):
+    trainer = pushing(tmp_path / "run", "all_checkpoints", hub_always_push=True)
+    hub.fail("/commit/", 500, times=2)
+    trainer.train()
+    assert top(hub.files("ann/run")) >= {"checkpoint-1", "checkpoint-2", "checkpoint-3"}
+    assert len(hub.store.repositories["ann/run"].messages) == 2
+
+
+def test_a_save_during_a_push_is_left_to_the_next_one(hub, tmp_path):
+    trainer = pushing(tmp_path / "run", "all_checkpoints", max_steps=4)
+    hub.fail("/commit/", wait=1.0)
+    trainer.train()
+    messages = hub.store.repositories["ann/run"].messages
+    assert 2 <= len(messages) < 5
+    trainer.push_to_hub()
+
+
+def test_a_checkpoint_that_is_deleted_while_it_is_sent_arrives_whole(hub, tmp_path):
+    trainer = pushing(tmp_path / "run", "checkpoint", save_total_limit=1, hub_always_push=True)
+    hub.fail("preupload", wait=0.02)
+    trainer.train()
+    assert [path.name for path in (tmp_path / "run").glob("checkpoint-*")] == ["checkpoint-3"]
+    assert len(hub.store.repositories["ann/run"].messages) == 4
+
+
+def test_a_hub_that_hangs_holds_training_up_no_longer_than_it_may(hub, tmp_path, caplog):
+    trainer = pushing(tmp_path / "run")
+    trainer.push_patience = Patience(silence=60, limit=1)
+    hub.fail("/commit/", hangs=True)
+    start = time.monotonic()
+    trainer.train()
+    assert time.monotonic() - start < 10
+    assert "the Hub does not come to an end" in ours(caplog)[-1]
+
+
+def test_files_that_cannot_be_put_aside_stop_no_training(hub, tmp_path, caplog):
+    trainer = pushing(tmp_path / "run", hub_always_push=True)
+
+    class Spoil(TrainerCallback):
+        def on_push_begin(self, args, state, control, **kwargs):
+            if state.global_step == 1:
+                (Path(args.output_dir) / "checkpoint-1" / "config.json").unlink()
+
+    trainer.add_callback(Spoil())
+    trainer.train()
+    assert trainer.state.global_step == 3
+    assert "it holds no config.json of a model" in ours(caplog)[0]
+    assert len(hub.store.repositories["ann/run"].messages) == 1 + 2
+
+
+# ---- Before training ----
+
+
+def test_a_hub_that_is_down_is_told_of_and_tried_again_at_the_end(monkeypatch, tmp_path, caplog):
+    with LoopbackHub() as hub:
+        talk_to(monkeypatch, hub.url, tmp_path / "cache")
+    trainer = make(tmp_path / "run", push_to_hub=True, hub_model_id="run")
+    trainer.train()
+    assert "run: the Hub cannot be reached" in ours(caplog)[0]
+    assert "Training goes on; pushing is tried again later." in ours(caplog)[0]
+    with LoopbackHub(port=hub.server_address[1]) as hub:
+        trainer.push_to_hub()
+        assert top(hub.files("ann/run")) >= MODEL
+
+
+@pytest.mark.parametrize("status", [429, 500, 503])
+def test_a_hub_that_is_out_of_order_at_first_stops_no_training(hub, tmp_path, status):
+    hub.fail("create", status, times=1)
+    trainer = make(tmp_path / "run", push_to_hub=True, hub_model_id="run")
+    trainer.train()
+    trainer.push_to_hub()
+    assert top(hub.files("ann/run")) >= MODEL
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"hub_model_id": "ann/my run"}, "'ann/my run' cannot be the name of a repository."),
+        (
+            {"hub_model_id": "ann/run", "hub_token": "hf_wrong"},
+            "ann/run cannot be pushed to: the token was not accepted",
+        ),
+        (
+            {"hub_model_id": "ann/run", "hub_token": "hf_read"},
+            "ann/run cannot be pushed to: this token may not do that",
+        ),
+        ({"hub_model_id": "bob/run"}, 'under the namespace "bob"'),
+    ],
+)
+def test_what_can_never_work_is_said_before_anything_is_trained(hub, tmp_path, settings, said):
+    with pytest.raises(NotPushableError) as caught:
+        pushing(tmp_path / "run", **settings)
+    assert said in str(caught.value)
+
+
+def test_a_missing_token_is_said_before_anything_is_trained(hub, tmp_path, monkeypatch):
+    monkeypatch.delenv("HF_TOKEN")
+    with pytest.raises(NotPushableError, match="needs a token that may write, and there is none"):
+        make(tmp_path / "run", push_to_hub=True)
+    assert hub.requests == []
+
+
+# ---- After training ----
+
+
+def test_the_run_is_saved_and_said_to_be_before_the_first_request(hub, tmp_path, caplog):
+    trainer = make(tmp_path / "run", hub_model_id="ann/run")
+    caplog.set_level("INFO", "hf_blocklocal")
+    seen = []
+
+    class Watch(TrainerCallback):
+        def on_push_begin(self, args, state, control, **kwargs):
+            names = {path.name for path in Path(args.output_dir).iterdir()}
+            seen.append(
+                (names >= MODEL, list(hub.requests), f"The run is saved in {args.output_dir}." in ours(caplog))
+            )
+
+    trainer.train()
+    trainer.add_callback(Watch())
+    trainer.push_to_hub()
+    assert seen == [(True, 0, f"The run is saved in {tmp_path / 'run'}.")]
+    assert top(hub.files("ann/run")) >= MODEL
+
+
+@pytest.mark.parametrize("trouble", ["down", "refused", "no token", "bad name"])
+def test_whatever_fails_at_the_end_the_run_is_on_disk(hub, tmp_path, monkeypatch, trouble):
+    trainer = make(tmp_path / "run", hub_model_id="ann/my run" if trouble == "bad name" else "ann/run")
+    trainer.train()
+    if trouble == "down":
+        hub.stop()
+    if trouble == "refused":
+        hub.fail("/commit/", 403)
+    if trouble == "no token":
+        monkeypatch.delenv("HF_TOKEN")
+    with pytest.raises(NotPushableError if trouble in ("no token", "bad name") else PushError) as caught:
+        trainer.push_to_hub()
+    if isinstance(caught.value, PushError):
+        assert f"python scripts/push.py {tmp_path / 'run'} ann/run" in str(caught.value)
+    assert {path.name for path in (tmp_path / "run").iterdir()} >= MODEL
+
+
+def test_saving_with_push_to_hub_pushes(hub, tmp_path):
+    trainer = make(tmp_path / "run", push_to_hub=True, hub_model_id="ann/run", hub_private_repo=True)
+    trainer.save_model()
+    assert top(hub.files("ann/run")) >= MODEL - {"block_local_heads.safetensors"}
+    assert hub.store.repositories["ann/run"].private
+    assert hub.store.repositories["ann/run"].messages[-1] == "Model save"
+
+
+def test_a_push_need_not_be_waited_for(hub, tmp_path):
+    trainer = make(tmp_path / "run", hub_model_id="ann/run")
+    hub.fail("create", wait=0.5)
+    future = trainer.push_to_hub(blocking=False, revision="later")
+    assert not future.done()
+    future.result(timeout=20)
+    assert top(hub.files("ann/run", "later")) >= {"model.safetensors"}
+
+
+def test_a_card_that_is_there_is_left_alone_and_one_that_is_asked_for_is_written(hub, tmp_path):
+    trainer = make(tmp_path / "run", hub_model_id="ann/run")
+    card = tmp_path / "run" / "README.md"
+    card.write_text("---\ntags: [mine]\n---\nBy hand.\n", encoding="utf-8")
+    trainer.push_to_hub()
+    assert hub.files("ann/run")["README.md"] == card.read_bytes()
+    assert "By hand." in card.read_text()
+    trainer.push_to_hub(tags="asked-for")
+    assert "asked-for" in hub.files("ann/run")["README.md"].decode()
+
+
+# ---- The way back ----
+
+
+def test_a_run_goes_on_from_the_hub_to_the_bit(hub, tmp_path):
+    whole = make(tmp_path / "whole", max_steps=4, save_strategy="no")
+    whole.train()
+    first = pushing(tmp_path / "first", "checkpoint", max_steps=4, save_steps=2, hub_always_push=True)
+
+    class Stop(TrainerCallback):
+        def on_save(self, args, state, control, **kwargs):
+            control.should_training_stop = True
+
+    first.add_callback(Stop())
+    first.train()
+    assert first.state.global_step == 2
+    resumed = make(tmp_path / "resumed", max_steps=4)
+    resumed.train(resume_from_checkpoint="ann/run")
+    assert resumed.state.global_step == 4
+    assert equal(resumed.assembly.module.state_dict(), whole.assembly.module.state_dict())
+
+
+def test_the_newest_of_all_checkpoints_is_taken(hub, tmp_path):
+    pushing(tmp_path / "first", "all_checkpoints", max_steps=11, save_steps=1, save_total_limit=3).train()
+    names = {name.partition("/")[0] for name in hub.files("ann/run") if name.startswith("checkpoint-")}
+    newest = max(int(name.partition("-")[2]) for name in names)
+    resumed = make(tmp_path / "resumed", max_steps=12)
+    resumed.train(resume_from_checkpoint="ann/run")
+    first = next(row for row in resumed.state.log_history if row.get("step", 0) > newest)
+    assert first["step"] == newest + 1
+
+
+def test_a_repository_without_checkpoints_cannot_be_gone_on_from(hub, run, tmp_path):
+    trainer = make(tmp_path / "first", hub_model_id="ann/run")
+    trainer.push_to_hub()
+    with pytest.raises(FetchError, match="holds no checkpoint to go on from"):
+        trainer.train(resume_from_checkpoint="ann/run")
+
+
+def test_heads_come_back_from_the_hub(hub, tmp_path):
+    trained = make(tmp_path / "trained", hub_model_id="ann/run")
+    trained.train()
+    trained.push_to_hub()
+    other = make(tmp_path / "other")
+    assert not equal(other.assembly.heads.state_dict(), trained.assembly.heads.state_dict())
+    other.load_heads("ann/run")
+    assert equal(other.assembly.heads.state_dict(), trained.assembly.heads.state_dict())
