@@ -57,6 +57,7 @@ class Outcome:
     metrics: dict[str, float]
     seconds: float
     peak_bytes: int
+    unpushed: str | None = None
 
 
 def read_run(path: str | Path, overrides: Sequence[str] = ()) -> Run:
@@ -133,7 +134,7 @@ def train(run: Run, block_local: BlockLocalConfig | None) -> tuple[Outcome, Trai
 
     settings = dict(run.training)
     if block_local is None:
-        settings["output_dir"] = str(Path(settings["output_dir"]) / "baseline")
+        settings |= {"output_dir": str(Path(settings["output_dir"]) / "baseline"), "push_to_hub": False}
     arguments = TrainingArguments(**settings)
     set_seed(arguments.seed)
     tokenizer = AutoTokenizer.from_pretrained(run.model)
@@ -157,12 +158,23 @@ def train(run: Run, block_local: BlockLocalConfig | None) -> tuple[Outcome, Trai
     trainer.train()
     seconds = time.perf_counter() - start
     metrics = trainer.evaluate()
-    trainer.save_model()
     trainer.save_state()
+    unpushed = save(trainer)
     name = "plain Trainer" if block_local is None else f"block-local, {block_local.num_blocks} blocks"
     if block_local is not None and block_local.head_layers:
         name += f", head_layers={block_local.head_layers}"
-    return Outcome(name, metrics, seconds, peak_activation_bytes(trainer)), trainer
+    return Outcome(name, metrics, seconds, peak_activation_bytes(trainer), unpushed), trainer
+
+
+def save(trainer: Trainer) -> str | None:
+    """Save the model, and with `push_to_hub` push it; returns why that failed, for the end."""
+    from hf_blocklocal.errors import PushError
+
+    try:
+        trainer.save_model()
+    except PushError as error:
+        return str(error)
+    return None
 
 
 def add_diagnostics(trainer: Trainer, *, every: int) -> None:
@@ -222,6 +234,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     if accelerator.is_main_process:
         show(run, cut, outcomes, folder)
     accelerator.end_training()
+    if outcome.unpushed is not None:
+        raise SystemExit(f"train.py: {outcome.unpushed}")
 
 
 def versions() -> dict[str, str]:

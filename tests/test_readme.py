@@ -17,6 +17,12 @@ from test_configs import script
 from test_quickstart import call
 
 
+sys.path.insert(0, str(Path(__file__).parent / "hub"))
+
+from loopback_hub import LoopbackHub
+from sharing import talk_to
+
+
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
@@ -27,7 +33,7 @@ def blocks(language):
 
 @pytest.fixture(scope="module")
 def ran(tmp_path_factory):
-    """Run all Python blocks in order, in one namespace, as a reader would.
+    """Run all Python blocks in order, in one namespace, as a reader would who is logged in to a Hub.
 
     Returns:
         What each has printed, the history of the first training, and the folder it all happened in.
@@ -37,19 +43,21 @@ def ran(tmp_path_factory):
     namespace, printed, history, before = {}, [], [], Path.cwd()
     os.chdir(folder)
     try:
-        for code in blocks("python"):
-            output = io.StringIO()
-            with contextlib.redirect_stdout(output):
-                exec(compile(code, "README.md", "exec"), namespace)
-            printed.append(output.getvalue())
-            history = history or namespace["trainer"].state.log_history
+        with pytest.MonkeyPatch.context() as monkeypatch, LoopbackHub() as hub:
+            talk_to(monkeypatch, hub.url, folder / "cache", token="hf_user")
+            for code in blocks("python"):
+                output = io.StringIO()
+                with contextlib.redirect_stdout(output):
+                    exec(compile(code, "README.md", "exec"), namespace)
+                printed.append(output.getvalue())
+                history = history or namespace["trainer"].state.log_history
     finally:
         os.chdir(before)
     return printed, history, folder
 
 
 def test_every_python_block_runs(ran):
-    assert len(ran[0]) == len(blocks("python")) == 6
+    assert len(ran[0]) == len(blocks("python")) == 7
 
 
 def test_a_polish_with_adapters_ends_in_an_ordinary_checkpoint_with_other_weights(ran):

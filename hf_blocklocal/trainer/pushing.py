@@ -146,7 +146,7 @@ class PushesRuns(Trainer):
             token: A token that may write; by default `hub_token`.
             revision: Branch to push to; by default `hub_revision`.
             private: Whether a new repository is private; by default `hub_private_repo`.
-            **kwargs: For `create_model_card`, which is called where they are given or the folder has no README.md.
+            **kwargs: For `create_model_card`.
 
         Returns:
             What the Hub says of the commit, or a future of that; None in other processes than the first, which do not
@@ -164,8 +164,7 @@ class PushesRuns(Trainer):
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
         destination = self._destination(token=token, private=private, revision=revision)
         check_destination(destination)
-        if kwargs or not (Path(folder) / "README.md").exists():
-            self._write_card(destination, **kwargs)
+        self._write_card(destination, **kwargs)
         push = partial(push_run, folder, destination, message=commit_message, patience=self.push_patience)
         if not blocking:
             return self._pushes.start(push, seconds=self.push_patience.limit_for(run_files(folder)))
@@ -173,7 +172,7 @@ class PushesRuns(Trainer):
         return push()
 
     def _write_card(self, destination: Destination, **kwargs: Any) -> None:
-        """Write the parent's card, with the tags of the model; it may ask the Hub for the licence of a base model."""
+        """Write the card, with the tags of the model; it may ask the Hub for the licence of a base model."""
         tags = kwargs.pop("tags", None) or []
         tags = [tags] if isinstance(tags, str) else list(tags)
         tags += [tag for tag in getattr(self.model, "model_tags", None) or [] if tag not in tags]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 
 import huggingface_hub.constants as client
+import transformers.utils.hub
 from test_parity import arguments, examples
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
@@ -18,16 +19,17 @@ BLOCKS = BlockLocalConfig(num_blocks=2, head_layers=0)
 QUICK = Patience(attempts=3, first_wait=0.01, silence=5.0, limit=20.0)
 
 
-def talk_to(monkeypatch, url, cache):
+def talk_to(monkeypatch, url, cache, *, token="hf_write"):
     """Point the client, whose constants were read at import, to a Hub. Its functions stay as they are."""
     monkeypatch.setattr(client, "ENDPOINT", url)
     monkeypatch.setattr(client, "HUGGINGFACE_CO_URL_TEMPLATE", url + "/{repo_id}/resolve/{revision}/{filename}")
+    monkeypatch.setattr(transformers.utils.hub, "_hf_api", None)  # would go on with the endpoint of its first use
     monkeypatch.setattr(client, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(client, "HF_HUB_DISABLE_XET", True)
     monkeypatch.setattr(client, "HF_HUB_DISABLE_TELEMETRY", True)
     monkeypatch.setattr(client, "HF_HUB_CACHE", str(cache))
     monkeypatch.setattr(client, "HF_TOKEN_PATH", str(cache / "token"))
-    monkeypatch.setenv("HF_TOKEN", "hf_write")
+    monkeypatch.setenv("HF_TOKEN", token)
 
 
 def of_subprocess(hub, folder):

@@ -11,7 +11,7 @@ import huggingface_hub.constants as client
 import pytest
 import torch
 from safetensors.torch import load_file
-from sharing import BLOCKS, make, of_subprocess, tokenizer
+from sharing import make, of_subprocess, tokenizer
 from test_data_parallel import free_port
 from transformers import AutoModelForSequenceClassification
 from zoo import SPECIMENS, build_tiny
@@ -86,8 +86,7 @@ def test_heads_of_another_model_are_named_by_tensor_and_shapes(pushed):
     wide = build_tiny("bert", AutoModelForSequenceClassification, {**narrow(SPECIMEN.build()), "hidden_size": 24})
     with pytest.raises(HeadsMismatchError) as caught:
         load_heads("ann/run", wide, SPECIMEN.batch(0))
-    assert "has shape (16,) in the file and (24,) here" in str(caught.value)
-    assert "0.readout." in str(caught.value)
+    assert "0.readout.linear.weight has shape (128, 16) in the file and (128, 24) here" in str(caught.value)
 
 
 def narrow(model):
@@ -100,7 +99,6 @@ def narrow(model):
 
 def test_a_private_repository_needs_a_token_that_may_see_it(hub, run, monkeypatch):
     push_run(run, Destination("ann/mine", private=True))
-    assert same(heads_of(fetch("ann/mine")), heads_of(run))
     monkeypatch.delenv("HF_TOKEN")
     for token in (None, "hf_other"):
         with pytest.raises(FetchError, match="or it is private and the token, if any, may not see it; log in"):
@@ -152,7 +150,7 @@ def test_what_was_fetched_once_is_there_in_offline_mode(hub, pushed, monkeypatch
 
 
 def test_a_fresh_process_without_this_package_computes_the_same_logits_to_the_bit(hub, tmp_path):
-    trainer = make(tmp_path / "run", hub_model_id="ann/run", blocks=BLOCKS)
+    trainer = make(tmp_path / "run", hub_model_id="ann/run")
     trainer.train()
     trainer.push_to_hub()
     batch = SPECIMEN.batch(0)

@@ -6,8 +6,10 @@ import time
 from pathlib import Path
 
 import pytest
+from huggingface_hub import ModelCard
 from loopback_hub import LoopbackHub
 from sharing import make, talk_to
+from test_configs import script
 from test_parity import equal
 from transformers import TrainerCallback
 
@@ -229,6 +231,14 @@ def test_whatever_fails_at_the_end_the_run_is_on_disk(hub, tmp_path, monkeypatch
     assert {path.name for path in (tmp_path / "run").iterdir()} >= MODEL
 
 
+def test_the_training_script_goes_on_to_its_table_and_tells_of_the_push_at_the_end(hub, tmp_path):
+    trainer = make(tmp_path / "run", push_to_hub=True, hub_model_id="ann/run")
+    fault = hub.fail("/commit/", 403)
+    assert "python scripts/push.py" in script("train").save(trainer)
+    fault.times = 0
+    assert script("train").save(trainer) is None
+
+
 def test_saving_with_push_to_hub_pushes(hub, tmp_path):
     trainer = make(tmp_path / "run", push_to_hub=True, hub_model_id="ann/run", hub_private_repo=True)
     trainer.save_model()
@@ -246,15 +256,13 @@ def test_a_push_need_not_be_waited_for(hub, tmp_path):
     assert top(hub.files("ann/run", "later")) >= {"model.safetensors"}
 
 
-def test_a_card_that_is_there_is_left_alone_and_one_that_is_asked_for_is_written(hub, tmp_path):
+def test_the_card_goes_along_with_the_tags_of_the_model_and_those_asked_for(hub, tmp_path):
     trainer = make(tmp_path / "run", hub_model_id="ann/run")
-    card = tmp_path / "run" / "README.md"
-    card.write_text("---\ntags: [mine]\n---\nBy hand.\n", encoding="utf-8")
-    trainer.push_to_hub()
-    assert hub.files("ann/run")["README.md"] == card.read_bytes()
-    assert "By hand." in card.read_text()
+    trainer.model.add_model_tags("of-the-model")
+    trainer.train()
     trainer.push_to_hub(tags="asked-for")
-    assert "asked-for" in hub.files("ann/run")["README.md"].decode()
+    card = ModelCard(hub.files("ann/run")["README.md"].decode())
+    assert {"of-the-model", "asked-for"} <= set(card.data.tags)
 
 
 # ---- The way back ----

@@ -12,7 +12,8 @@ from pathlib import Path
 import torch
 
 
-sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[1] / "hub")]
+sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[1] / "hub"))
 
 from sharing import make
 

@@ -77,7 +77,12 @@ class Store:
     """All users, repositories and large files of a Hub."""
 
     def __init__(self) -> None:
-        self.users = {"hf_write": User("ann"), "hf_read": User("ann", "read"), "hf_other": User("bob")}
+        self.users = {
+            "hf_write": User("ann"),
+            "hf_read": User("ann", "read"),
+            "hf_other": User("bob"),
+            "hf_user": User("user"),
+        }
         self.repositories: dict[str, Repository] = {}
         self.large: dict[str, bytes] = {}
 
