@@ -203,9 +203,7 @@ def test_the_run_is_saved_and_said_to_be_before_the_first_request(hub, tmp_path,
     class Watch(TrainerCallback):
         def on_push_begin(self, args, state, control, **kwargs):
             names = {path.name for path in Path(args.output_dir).iterdir()}
-            seen.append(
-                (names >= MODEL, list(hub.requests), f"The run is saved in {args.output_dir}." in ours(caplog))
-            )
+            seen.append((names >= MODEL, len(hub.requests), ours(caplog)[-1]))
 
     trainer.train()
     trainer.add_callback(Watch())
