@@ -112,7 +112,7 @@ class Boundaries:
 
     Attributes:
         station: Where one of its blocks is at work, if the others are elsewhere; None where all of them are here.
-        entries: The first layer of every block.
+        exits: The last layer of every block but the last.
 
     A block's hidden state is handed to `leave` where its last layer returns, and everything that layer returns goes on
     detached. Side inputs of a layer, such as position biases or the states of an encoder, are trained by the block
@@ -129,7 +129,7 @@ class Boundaries:
         self.cut = cut
         self.station: Station | None = None
         self._layers = [model.get_submodule(path) for path in cut.layers]
-        self.entries = {block: self._layers[span.start] for block, span in enumerate(cut.spans) if cut.layers}
+        self.exits = {block: self._layers[span.last] for block, span in enumerate(cut.spans[:-1])}
         stacks = cut.stacks
         self._ends_of_stacks = [index for index in range(len(stacks) - 1) if stacks[index] != stacks[index + 1]]
         self._routers = {
@@ -171,7 +171,7 @@ class Boundaries:
                     stack.callback(layer.register_forward_pre_hook(visit.enter(index), with_kwargs=True).remove)
                     stack.callback(layer.register_forward_hook(visit.remember).remove)
             for block in visit.expected:
-                last = self._layers[self.cut.spans[block].last]
+                last = self.exits[block]
                 stack.enter_context(hooks_outside_checkpoint(last))
                 stack.callback(last.register_forward_hook(visit.leave(block)).remove)
             for index in self._ends_of_stacks:  # behind the hooks of the blocks, to see what those hand on

@@ -86,7 +86,7 @@ class Copies:
 
     def __getitem__(self, parameter: nn.Parameter) -> Tensor:
         """Return the copy of a weight, or the weight itself where there is none."""
-        return next((self._copies[name] for name, p in self._live.items() if p is parameter), parameter)
+        return next((copy for name, copy in self._copies.items() if self._live[name] is parameter), parameter)
 
     @torch.no_grad()
     def advance_(self, step: int) -> None:

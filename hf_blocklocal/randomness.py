@@ -40,7 +40,7 @@ class RandomState:
 
 @contextmanager
 def stream_per_block(
-    entries: Mapping[int, nn.Module],
+    exits: Mapping[int, nn.Module],
     seed: tuple[int, ...],
     device: torch.device,
     *,
@@ -49,15 +49,16 @@ def stream_per_block(
     """Give every block its own random stream in the forward pass that runs inside the `with`.
 
     Args:
-        entries: The first layer of blocks. What runs before the first of them draws from the stream of block 0.
+        exits: The last layer of blocks. Where one has returned, the stream of the next block begins: what runs between
+            two blocks, such as the last norm of an encoder, belongs to the upper one.
         seed: What the streams are made from, for example run, step and micro-batch.
         device: Where the model draws.
-        paused: Whether a layer that is entered now runs for another purpose, and leaves the stream alone.
+        paused: Whether a layer that returns now has run for another purpose, and leaves the stream alone.
     """
     before = RandomState.now(device)
 
     def start(block: int) -> Callable[..., None]:
-        def hook(_layer: nn.Module, _args: tuple[Any, ...]) -> None:
+        def hook(_layer: nn.Module, _args: tuple[Any, ...], _output: Any) -> None:
             if not paused():
                 torch.manual_seed(mixed((*seed, block)))
 
@@ -65,8 +66,7 @@ def stream_per_block(
 
     with ExitStack() as stack:
         stack.callback(before.set)
-        for block, layer in entries.items():
-            if block > 0:
-                stack.callback(layer.register_forward_pre_hook(start(block)).remove)
+        for block, layer in exits.items():
+            stack.callback(layer.register_forward_hook(start(block + 1)).remove)
         torch.manual_seed(mixed((*seed, 0)))
         yield

@@ -196,7 +196,8 @@ class LocalStep:
             send_back(block)
             return handed_on
 
-        with self._own_streams(lesson), self.watched(), self.boundaries.attached(leave, late=bootstrap > 0):
+        cut = self.boundaries.attached(leave, late=bootstrap > 0)
+        with self.watched(), cut, self._own_streams(lesson):  # a stream begins when the block before has learned
             yield report
             send_back(last)
 
@@ -206,7 +207,7 @@ class LocalStep:
         if lesson.targets is None:
             return nullcontext()
         device = lesson.targets.values.device
-        return stream_per_block(boundaries.entries, lesson.seed, device, paused=lambda: boundaries.is_suspended)
+        return stream_per_block(boundaries.exits, lesson.seed, device, paused=lambda: boundaries.is_suspended)
 
     @contextmanager
     def watched(self) -> Iterator[None]:

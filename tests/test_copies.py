@@ -273,6 +273,6 @@ def test_heads_of_their_own_over_a_vocabulary_can_have_a_copy_of_the_target_embe
     with torch.no_grad():
         head.add_(1.0)
     assembly.begin_step(1)
-    assert torch.equal(assembly.read_targets(batch).candidates.embedding_CE, before)
+    assert torch.equal(assembly.read_targets(batch).candidates.embeddings_CE, before)
     assembly.begin_step(2)
-    assert torch.equal(assembly.read_targets(batch).candidates.embedding_CE, head)
+    assert torch.equal(assembly.read_targets(batch).candidates.embeddings_CE, head)

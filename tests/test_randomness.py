@@ -8,15 +8,16 @@ from torch import nn
 from hf_blocklocal.randomness import stream_per_block
 
 
-def masks_of(blocks, *, seed=(1, 2), entries=(0, 1, 2)):
-    """Return what three dropout layers draw, each with a first layer in front, when only some of them are drawn."""
-    firsts = {block: nn.Identity() for block in entries}
+def masks_of(blocks, *, seed=(1, 2)):
+    """Return what three blocks draw, each with a last layer behind it, when only some of them draw."""
+    lasts = {block: nn.Identity() for block in (0, 1)}
     drawn = {}
-    with stream_per_block(firsts, seed, torch.device("cpu")):
-        for block, first in firsts.items():
-            first(torch.ones(1))
+    with stream_per_block(lasts, seed, torch.device("cpu")):
+        for block in (0, 1, 2):
             if block in blocks:
                 drawn[block] = torch.rand(4)
+            if block in lasts:
+                lasts[block](torch.ones(1))
     return drawn
 
 
@@ -41,10 +42,10 @@ def test_the_stream_outside_goes_on_as_if_nothing_had_been_drawn():
 
 
 def test_a_layer_that_runs_for_another_purpose_leaves_the_stream_alone():
-    first = nn.Identity()
-    with stream_per_block({1: first}, (1,), torch.device("cpu"), paused=lambda: True):
+    last = nn.Identity()
+    with stream_per_block({0: last}, (1,), torch.device("cpu"), paused=lambda: True):
         torch.manual_seed(7)
-        first(torch.ones(1))
+        last(torch.ones(1))
         drawn = torch.rand(2)
     torch.manual_seed(7)
     assert torch.equal(drawn, torch.rand(2))
