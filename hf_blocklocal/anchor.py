@@ -29,10 +29,12 @@ class Anchor:
     Args:
         parameters: The parameters to pull, by name, where they start.
         strength: Factor of the pull beside the learning rate.
+        alone: Whether these are the parameters of one block, and those of the others are elsewhere.
     """
 
-    def __init__(self, parameters: Mapping[str, nn.Parameter], strength: float) -> None:
+    def __init__(self, parameters: Mapping[str, nn.Parameter], strength: float, *, alone: bool = False) -> None:
         self.strength = strength
+        self.alone = alone
         self._parameters = dict(parameters)
         self._start = {name: parameter.detach().clone() for name, parameter in parameters.items()}
         self._handle: RemovableHandle | None = None
@@ -66,11 +68,18 @@ class Anchor:
 
         self._handle = optimizer.register_step_post_hook(pull)
 
-    def save(self, save_directory: str | os.PathLike[str]) -> None:
-        """Write `block_local_anchor.safetensors` into a folder."""
-        save_file(
-            {name: tensor.contiguous() for name, tensor in self._start.items()}, Path(save_directory) / ANCHOR_NAME
-        )
+    def state(self) -> dict[str, Tensor]:
+        """Return the starting weights by name."""
+        return {name: tensor.contiguous() for name, tensor in self._start.items()}
+
+    def save(self, save_directory: str | os.PathLike[str], state: dict[str, Tensor] | None = None) -> None:
+        """Write `block_local_anchor.safetensors` into a folder.
+
+        Args:
+            save_directory: The folder.
+            state: The state of all blocks together, where they are in several processes.
+        """
+        save_file(self.state() if state is None else state, Path(save_directory) / ANCHOR_NAME)
 
     def load_(self, save_directory: str | os.PathLike[str]) -> None:
         """Read the starting weights of an earlier run from its checkpoint.
@@ -85,6 +94,8 @@ class Anchor:
                 "not known where its weights started. Resume with anchor=0, or train on from the model weights alone."
             )
         tensors: dict[str, Tensor] = load_file(path)
+        if self.alone:  # the file is of all blocks
+            tensors = {name: tensor for name, tensor in tensors.items() if name in self._start}
         if (misfit := first_misfit(self._start, tensors)) is not None:
             raise AnchorMismatchError(
                 f"The starting weights in {path} do not fit: {misfit}. Resume with the cut and the trainable "

@@ -125,10 +125,11 @@ class Assembly:
         return with_candidates(targets, embedding, negatives=negatives, generator=generator)
 
     def lower_weights(self) -> dict[str, nn.Parameter]:
-        """Return the trainable parameters of the model, by name, that belong to a block below the last."""
+        """Return the trainable parameters of the model that are here and belong to a block below the last, by name."""
         lower = {parameter for block in self.parameters[: self.last] for parameter in block}
         named = self.module.model.named_parameters()
-        return {name: parameter for name, parameter in named if parameter in lower and parameter.requires_grad}
+        here = ((name, parameter) for name, parameter in named if parameter in lower and not parameter.is_meta)
+        return {name: parameter for name, parameter in here if parameter.requires_grad}
 
     def begin_step(self, step: int) -> None:
         """Take the copies that are due before an optimizer step. Calls after the first for a step do nothing.

@@ -109,7 +109,6 @@ def _check_parallel(config: Any) -> None:
         )
     alone = {
         "overlap": 0,
-        "anchor": 0.0,
         "global_every": None,
         "polish": 0.0,
         "feedback": ("auto", "direct", "label", "prototype"),

@@ -35,6 +35,11 @@ class BlockLossMeter:
         self._halves_H2: Tensor | None = None
         self._targets = 0
 
+    @property
+    def steps(self) -> int:
+        """Optimizer steps since the last logs."""
+        return self._local_steps + self._global_steps
+
     def add(
         self, losses: Sequence[Tensor], *, halves: Sequence[Tensor] = (), targets: int = 0, completes_step: bool
     ) -> None:

@@ -18,6 +18,7 @@ class EvaluatesBlocks(PlacesBlocks):
         """Add to the metrics what each block's head would have predicted."""
         if self._assembly is None or self._assembly.last == 0 or not self.block_local.evaluate_blocks:
             return super().evaluation_loop(dataloader, description, *args, **kwargs)
+        self._assembly.begin_step(self.state.global_step)
         self._scores = BlockScores(self._assembly.step)
         try:
             output = super().evaluation_loop(dataloader, description, *args, **kwargs)

@@ -133,15 +133,25 @@ class PlacesBlocks(Trainer):
             self._chain.peers.step = self.state.global_step
             self._stationing.announce(inputs, where)
 
-    def _of_all_blocks(self, logs: Mapping[str, float]) -> dict[str, float]:
+    # Sum over optimizer steps of the last block's loss, as far as it has been logged.
+    _told = 0.0
+
+    def _of_all_blocks(self, logs: Mapping[str, float], last_loss: float) -> dict[str, float]:
         """Return what one process would have logged, in place of what this one knows by itself."""
         if self._chain is None:
             return {}
-        said = {"loss": logs[f"block_{self._chain.num_blocks - 1}/loss"]}
+        said = {"loss": last_loss}
         if "grad_norm" in logs:
             square = torch.tensor([logs["grad_norm"]], dtype=torch.float64, device=self.args.device) ** 2
             said["grad_norm"] = sum_over_blocks(self._chain, square).sqrt().item()
         return said
+
+    def _ends_run_of_chain(self, logs: Mapping[str, float]) -> bool:
+        return self._chain is not None and "train_loss" in logs
+
+    def _of_run(self) -> dict[str, float]:
+        """Return the mean loss of the last block over the steps of the run."""
+        return {"train_loss": self._told / max(self.state.global_step - self._initial_global_step, 1)}
 
     # ---- Evaluation ----
 

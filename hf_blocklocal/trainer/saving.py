@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from hf_blocklocal.anchor import Anchor
 from hf_blocklocal.checkpoint import load_heads_, save_heads
 from hf_blocklocal.copies import Copies
+from hf_blocklocal.gathering import gather_to_first
 from hf_blocklocal.hub import fetch
 from hf_blocklocal.trainer.placing import PlacesBlocks
 
@@ -37,8 +38,12 @@ class SavesBlocks(PlacesBlocks):
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         """Write anchor and copies beside the optimizer, for a run that goes on from here."""
         super()._save_optimizer_and_scheduler(output_dir)
-        for kept in self._keepsakes if self.args.should_save else ():
-            kept.save(output_dir)
+        for kept in self._keepsakes:
+            state = kept.state() if self._chain is not None or self.args.should_save else {}
+            if self._chain is not None:
+                state, _ = gather_to_first(self._chain, state)
+            if self.args.should_save:
+                kept.save(output_dir, state)
 
     def load_heads(self, source: str, *, revision: str | None = None, token: str | None = None) -> None:
         """Load the heads saved beside a model, so that an evaluation reports what each block would have predicted.

@@ -85,6 +85,7 @@ class BlockLocalTrainer(EvaluatesBlocks, SavesBlocks, PushesRuns, PlacesBlocks, 
         self._updates = BlockUpdates(self._replicas, self._chain.replicas if alone else None)
         self._meter = BlockLossMeter(self._chain.block if alone else None)
         self._micro_batch = 0
+        self._told = 0.0
 
     @property
     def assembly(self) -> Assembly:
@@ -120,7 +121,8 @@ class BlockLocalTrainer(EvaluatesBlocks, SavesBlocks, PushesRuns, PlacesBlocks, 
         """Where the weights below the last block started, if they are pulled there; made when first asked for."""
         assembly = self.assembly
         if self._anchor is None and self.block_local.anchor > 0 and assembly.last > 0:
-            self._anchor = Anchor(assembly.lower_weights(), self.block_local.anchor)
+            weights = assembly.lower_weights()
+            self._anchor = Anchor(weights, self.block_local.anchor, alone=self._chain is not None)
         return self._anchor
 
     # ---- Setting up ----
@@ -283,7 +285,9 @@ class BlockLocalTrainer(EvaluatesBlocks, SavesBlocks, PushesRuns, PlacesBlocks, 
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Add the loss of every block to the training logs."""
-        if "loss" in logs and self.assembly.last > 0:
-            logs |= self._meter.pop(self.assembly.cut.num_blocks, self.args.device, self.args.world_size)
-            logs |= self._of_all_blocks(logs)
+        if self.assembly.last > 0 and ("loss" in logs or self._ends_run_of_chain(logs)):
+            steps, last = self._meter.steps, f"block_{self.assembly.last}/loss"
+            said = self._meter.pop(self.assembly.cut.num_blocks, self.args.device, self.args.world_size)
+            self._told += steps * said[last]
+            logs |= (said | self._of_all_blocks(logs, said[last])) if "loss" in logs else self._of_run()
         super().log(logs, *args, **kwargs)

@@ -1,9 +1,10 @@
-"""Train a specimen with one block per process, or all in one, and leave what must be the same either way.
+"""Train specimens with one block per process, or all blocks in one, and leave what must be the same either way.
 
-Usage: block_parallel.py SPECIMEN OUTPUT_DIR PER_DEVICE_BATCH_SIZE [name=value ...]
+Usage: block_parallel.py OUTPUT_DIR CASES
 
-A name is a field of `BlockLocalConfig`, an argument of `TrainingArguments` after `args.`, or one of `dropout`,
-`resume` (a checkpoint), `kill` (rank:step) and `odd` (a rank that reads other batches).
+CASES is JSON: for each case by name its `specimen`, `batch_size` per device, fields of `BlockLocalConfig` in `config`,
+of `TrainingArguments` in `args`, and, as needed, `dropout`, `resume` (a checkpoint), `odd` (a rank that reads other
+batches), `raises`, `killed` and `stopped` (rank and step), `generate` (tokens).
 """
 
 from __future__ import annotations
@@ -15,7 +16,6 @@ import sys
 from pathlib import Path
 
 import torch
-import yaml
 from transformers import TrainerCallback, TrainingArguments
 
 
@@ -26,81 +26,84 @@ from zoo import SPECIMENS
 from hf_blocklocal import BlockLocalConfig, BlockLocalTrainer
 
 
-class Kill(TrainerCallback):
-    """Ends a process from outside, as it were, in the middle of a step."""
+ARGUMENTS = {
+    "max_steps": 6,
+    "logging_steps": 2,
+    "save_strategy": "no",
+    "learning_rate": 1e-2,
+    "max_grad_norm": 0.5,
+    "warmup_steps": 2,
+    "per_device_eval_batch_size": 3,
+    "use_cpu": True,
+    "report_to": [],
+    "disable_tqdm": True,
+}
 
-    def __init__(self, step: int, sign: int) -> None:
-        self.step, self.sign = step, sign
+
+class Mishap(TrainerCallback):
+    """Something that happens to this process in the middle of a step."""
+
+    def __init__(self, step, act):
+        self.step, self.act = step, act
 
     def on_pre_optimizer_step(self, args, state, control, **kwargs):
-        """Send the signal once the step has come."""
+        """Let it happen once the step has come."""
         if state.global_step + 1 == self.step:
-            os.kill(os.getpid(), self.sign)
+            self.act()
+
+
+def fail():
+    """Fail as a user's callback might."""
+    raise KeyError("no such column")
+
+
+MISHAPS = {
+    "raises": fail,
+    "killed": lambda: os.kill(os.getpid(), signal.SIGKILL),
+    "stopped": lambda: os.kill(os.getpid(), signal.SIGSTOP),
+}
 
 
 def rows_of(specimen, seeds):
-    """Return single samples, with shapes as the collator wants them."""
-    for seed in seeds:
-        batch = specimen.batch(seed)
-        for i in range(4):
-            yield {key: value[i] for key, value in batch.items()}
+    """Return single samples."""
+    return [{key: value[i] for key, value in specimen.batch(seed).items()} for seed in seeds for i in range(4)]
 
 
-def main() -> None:
-    """Train, evaluate, predict, and leave `log.json` and an ordinary checkpoint."""
-    name, folder, batch_size, *settings = sys.argv[1:]
-    torch.set_num_threads(1)
-    values = {key: yaml.safe_load(value) for key, value in (setting.split("=", 1) for setting in settings)}
-    own = {key: values.pop(key, None) for key in ("dropout", "resume", "kill", "stop", "odd", "raise")}
-    specimen = SPECIMENS[name]
-    arguments = {
-        "max_steps": 6,
-        "logging_steps": 2,
-        "save_strategy": "no",
-        "learning_rate": 1e-2,
-        "max_grad_norm": 0.5,
-        "warmup_steps": 2,
-    } | {key.removeprefix("args."): values.pop(key) for key in list(values) if key.startswith("args.")}
+def run(folder, case):
+    """Train, evaluate, predict, and leave `log-RANK.json` and an ordinary checkpoint."""
+    specimen = SPECIMENS[case["specimen"]]
     args = TrainingArguments(
-        folder,
-        use_cpu=True,
-        report_to=[],
-        disable_tqdm=True,
-        per_device_train_batch_size=int(batch_size),
-        per_device_eval_batch_size=3,
-        **arguments,
+        str(folder), per_device_train_batch_size=case.get("batch_size", 4), **(ARGUMENTS | case.get("args", {}))
     )
     model = specimen.build()
-    if own["dropout"]:
-        for module in model.modules():
-            if isinstance(module, torch.nn.Dropout):
-                module.p = own["dropout"]
-    seeds = range(9, 17) if own["odd"] == args.process_index else range(8)
-    rows = list(rows_of(specimen, seeds))
-    trainer = BlockLocalTrainer(
-        model, args, train_dataset=rows, eval_dataset=rows[:11], block_local=BlockLocalConfig(**values)
-    )
-    for key, sign in (("kill", signal.SIGKILL), ("stop", signal.SIGSTOP)):
-        if own[key] is not None and args.process_index == own[key][0]:
-            trainer.add_callback(Kill(own[key][1], sign))
-    trainer.train(resume_from_checkpoint=own["resume"])
-    metrics = trainer.evaluate()
-    predicted = trainer.predict(rows[:11])
-    trainer.save_model(str(Path(folder) / "final"))
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = case.get("dropout", 0.0)
+    rows = rows_of(specimen, range(9, 17) if case.get("odd") == args.process_index else range(8))
+    config = BlockLocalConfig(**case["config"])
+    trainer = BlockLocalTrainer(model, args, train_dataset=rows, eval_dataset=rows[:11], block_local=config)
+    for name, act in MISHAPS.items():
+        if name in case and case[name][0] == args.process_index:
+            trainer.add_callback(Mishap(case[name][1], act))
+    trainer.train(resume_from_checkpoint=case.get("resume"))
+    predicted = trainer.predict(rows[:11], metric_key_prefix="test")
+    trainer.save_model(str(folder / "final"))
+    predictions = predicted.predictions[0] if isinstance(predicted.predictions, tuple) else predicted.predictions
+    parameters = list(trainer.assembly.module.parameters())
     log = {
-        "metrics": metrics,
-        "predictions": torch.as_tensor(
-            predicted.predictions[0] if isinstance(predicted.predictions, tuple) else predicted.predictions
-        )
-        .double()
-        .sum((0,))
-        .flatten()
-        .tolist()[:20],
+        "metrics": {**trainer.evaluate(), **predicted.metrics},
+        "predictions": torch.as_tensor(predictions).flatten().tolist()[:64],
         "history": trainer.state.log_history,
-        "held": sum(p.numel() for p in trainer.assembly.module.parameters() if not p.is_meta),
-        "all": sum(p.numel() for p in trainer.assembly.module.parameters()),
+        "held": sum(p.numel() for p in parameters if not p.is_meta) / sum(p.numel() for p in parameters),
     }
-    (Path(folder) / f"log-{args.process_index}.json").write_text(json.dumps(log))
+    (folder / f"log-{args.process_index}.json").write_text(json.dumps(log))
+
+
+def main():
+    """Run every case."""
+    torch.set_num_threads(1)
+    for name, case in json.loads(sys.argv[2]).items():
+        run(Path(sys.argv[1]) / name, case)
 
 
 if __name__ == "__main__":

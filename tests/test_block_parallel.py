@@ -1,0 +1,206 @@
+"""A block per process under the real `accelerate launch`: the same weights, metrics and checkpoints as in one."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from test_data_parallel import free_port
+
+
+pytestmark = pytest.mark.launch
+
+SCRIPT = Path(__file__).parent / "launched" / "block_parallel.py"
+SAVED = {"save_strategy": "steps", "save_steps": 3}
+BEST = {
+    **SAVED,
+    "eval_strategy": "steps",
+    "eval_steps": 3,
+    "load_best_model_at_end": True,
+    "metric_for_best_model": "block_0_loss",
+}
+# Cases of two processes, each with the block-parallel size that it gets there.
+TWO = {
+    "bert": {"specimen": "bert", "dropout": 0.1, "args": BEST, "config": {}},
+    "bert, own heads": {
+        "specimen": "bert",
+        "dropout": 0.1,
+        "args": {"gradient_accumulation_steps": 2},
+        "config": {"head_layers": 0, "step_per_block": True, "denoising": 0.5, "anchor": 1.0},
+    },
+    "gpt2": {
+        "specimen": "gpt2",
+        "dropout": 0.1,
+        "args": SAVED,
+        "config": {"head_refresh_steps": 2, "head_refresh_lag": 3, "tied_weights": "untie"},
+    },
+    "gpt2, frozen": {"specimen": "gpt2", "dropout": 0.1, "config": {"head_layers": 0, "tied_weights": "freeze"}},
+    "llama": {"specimen": "llama", "args": {"bf16": True}, "config": {"head_layers": 1, "head_refresh_decay": 0.5}},
+    "llama, own heads": {
+        "specimen": "llama",
+        "batch_size": 3,
+        "config": {"head_layers": 0, "head_refresh_steps": 3, "head_refresh_lag": 1},
+    },
+    "t5": {"specimen": "t5", "dropout": 0.1, "config": {"tied_weights": "freeze"}},
+    "vit": {"specimen": "vit", "dropout": 0.1, "config": {"reconstruction": 0.5, "head_layers": 0}},
+}
+FOUR = {
+    "bert in 4": {"specimen": "bert", "dropout": 0.1, "config": {"num_blocks": 4, "head_layers": 2}},
+    "t5 in 4": {"specimen": "t5", "dropout": 0.1, "config": {"num_blocks": 4, "tied_weights": "freeze"}},
+    "deberta in 4": {"specimen": "deberta_v2", "config": {"num_blocks": 4, "head_layers": 0}},
+}
+# Two chains of two blocks, against two processes with both blocks each.
+CHAINS = {
+    "bert in chains": {"specimen": "bert", "batch_size": 2, "dropout": 0.1, "args": BEST, "config": {}},
+    "gpt2 in chains": {
+        "specimen": "gpt2",
+        "batch_size": 2,
+        "dropout": 0.1,
+        "config": {"head_layers": 0, "tied_weights": "freeze"},
+    },
+}
+# What only block-parallel training fills in by itself.
+REFRESHED = {"head_refresh_steps": 10, "head_refresh_lag": 10}
+
+
+def settled(case, *, processes):
+    """Return a case as it is to be run in one process, or in one for every block."""
+    config = {"num_blocks": 2, **case["config"]}
+    if "head_layers" not in config and "head_refresh_steps" not in config and case["specimen"] not in ("t5",):
+        config |= REFRESHED if processes == 1 else {}
+    return case | {"config": config | ({"block_parallel_size": processes} if processes > 1 else {})}
+
+
+def command(folder, cases, processes):
+    arguments = [str(SCRIPT), str(folder), json.dumps(cases)]
+    if processes == 1:
+        return [sys.executable, *arguments]
+    options = ["--multi_gpu", "--num_processes", str(processes), "--num_machines", "1", "--mixed_precision", "no"]
+    options += ["--dynamo_backend", "no", "--main_process_port", str(free_port())]
+    return [sys.executable, "-m", "accelerate.commands.launch", *options, *arguments]
+
+
+def run(folder, cases, *, processes, timeout=400):
+    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    return subprocess.run(
+        command(folder, cases, processes),
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        check=False,
+    )
+
+
+def passed(result):
+    assert result.returncode == 0, result.stderr[-4000:]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """Run all cases in one process, in two and in four; return the folder of each."""
+    folder = tmp_path_factory.mktemp("runs")
+    alone = {name: settled(case, processes=1) for name, case in {**TWO, **FOUR}.items()}
+    passed(run(folder / "one", alone, processes=1))
+    two = {name: settled(case, processes=2) for name, case in TWO.items()}
+    pairs = {name: settled(case, processes=1) for name, case in CHAINS.items()}
+    passed(run(folder / "two", two | pairs, processes=2))
+    four = {name: settled(case, processes=4) for name, case in FOUR.items()}
+    chains = {name: settled(case, processes=2) for name, case in CHAINS.items()}
+    passed(run(folder / "four", four | chains, processes=4))
+    return folder
+
+
+def weights(folder):
+    files = sorted(path.relative_to(folder) for path in folder.rglob("*.safetensors"))
+    return {f"{file}/{name}": tensor for file in files for name, tensor in load_file(folder / file).items()}
+
+
+def assert_same(one, other):
+    """The weights of two runs are the same to the bit, wherever they have left any."""
+    first, second = weights(one), weights(other)
+    assert first.keys() == second.keys()
+    assert len(first) > 0
+    different = [name for name in first if not torch.equal(first[name], second[name])]
+    assert not different
+
+
+def logs_of(folder):
+    return [json.loads(path.read_text()) for path in sorted(folder.glob("log-*.json"))]
+
+
+def without_times(values):
+    return {key: value for key, value in values.items() if not key.endswith(("runtime", "per_second", "flos"))}
+
+
+PLACES = [*((name, "one", "two", 2) for name in TWO), *((name, "one", "four", 4) for name in FOUR)]
+PLACES += [(name, "two", "four", 4) for name in CHAINS]
+
+
+@pytest.mark.parametrize(("name", "first", "second", "processes"), PLACES, ids=[place[0] for place in PLACES])
+def test_the_same_weights_and_metrics_wherever_blocks_are(runs, name, first, second, processes):
+    assert_same(runs / first / name, runs / second / name)
+    reference = logs_of(runs / first / name)[0]
+    logs = logs_of(runs / second / name)
+    assert len(logs) == processes
+    for log in logs:
+        assert without_times(log["metrics"]) == without_times(reference["metrics"])
+        assert log["predictions"] == reference["predictions"]
+
+
+@pytest.mark.parametrize(("name", "first", "second", "processes"), PLACES, ids=[place[0] for place in PLACES])
+def test_logs_are_those_of_one_process(runs, name, first, second, processes):
+    for mine, theirs in zip(*(logs_of(runs / place / name)[0]["history"] for place in (first, second)), strict=True):
+        assert without_times(theirs) == pytest.approx(without_times(mine), rel=1e-5)
+
+
+@pytest.mark.parametrize(("name", "first", "second", "processes"), PLACES, ids=[place[0] for place in PLACES])
+def test_no_process_holds_the_whole_model(runs, name, first, second, processes):
+    assert all(log["held"] < 0.85 for log in logs_of(runs / second / name))
+    assert all(log["held"] == 1 for log in logs_of(runs / first / name))
+
+
+def test_a_checkpoint_is_resumed_on_any_layout(runs, tmp_path):
+    """Written by one process and resumed by two, and the other way round: as if nothing had happened."""
+    names = ["bert", "gpt2"]
+    crossed = {}
+    for here, there, processes in (("one", "two", 2), ("two", "one", 1)):
+        cases = {name: settled(TWO[name], processes=processes) for name in names}
+        for name in names:
+            cases[name]["resume"] = str(runs / here / name / "checkpoint-3")
+        passed(run(tmp_path / there, cases, processes=processes))
+        crossed[there] = tmp_path / there
+    for name in names:
+        for folder in crossed.values():
+            assert_same(runs / "one" / name / "final", folder / name / "final")
+            assert_same(runs / "one" / name / "checkpoint-6", folder / name / "checkpoint-6")
+
+
+def test_optimizer_and_schedule_are_saved_as_one_process_saves_them(runs):
+    for name in ("bert", "gpt2"):
+        for file in ("optimizer.pt", "scheduler.pt", "rng_state.pth"):
+            first, second = (
+                torch.load(runs / place / name / "checkpoint-6" / file, weights_only=False) for place in ("one", "two")
+            )
+            assert_equal(first, second)
+
+
+def assert_equal(first, second):
+    if isinstance(first, dict):
+        assert first.keys() == second.keys()
+        for key in first:
+            assert_equal(first[key], second[key])
+    elif isinstance(first, list | tuple):
+        assert len(first) == len(second)
+        for mine, theirs in zip(first, second, strict=True):
+            assert_equal(mine, theirs)
+    elif isinstance(first, torch.Tensor):
+        assert torch.equal(first, second)
+    else:
+        assert str(first) == str(second)
