@@ -329,7 +329,7 @@ class BlockLocalConfig:
 
     @classmethod
     def from_pretrained(cls, save_directory: str | os.PathLike[str]) -> BlockLocalConfig:
-        """Read `block_local_config.json` from a folder.
+        """Read `block_local_config.json` from a folder; `hf_blocklocal.hub.fetch` makes one of a repository.
 
         Raises:
             ConfigError: If the folder holds none, or one with unknown options.

@@ -30,8 +30,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     from hf_blocklocal.hub import Destination, Patience, push_run
 
     destination = Destination(options.repo, options.token, options.private, options.revision)
-    patience = Patience(attempts=options.attempts, limit=options.limit)
     try:
+        patience = Patience(attempts=options.attempts, limit=options.limit)
         commit = push_run(options.run_dir, destination, message="Push a run", patience=patience)
     except BlockLocalError as error:
         raise SystemExit(f"push.py: {error}") from None

@@ -35,14 +35,11 @@ class PushesBeside:
 
     def __init__(self, patience: Patience) -> None:
         self.patience = patience
-        self._begin()
-        self._unsent: dict[str, Path] = {}
-        self._told: set[str] = set()
-
-    def _begin(self) -> None:
-        self._pool = ThreadPool(1)
+        self._pool: ThreadPool | None = None
         self._given_up = threading.Event()
         self._under_way: dict[Future[CommitInfo], float] = {}
+        self._unsent: dict[str, Path] = {}
+        self._told: set[str] = set()
 
     @property
     def is_busy(self) -> bool:
@@ -83,22 +80,21 @@ class PushesBeside:
             with aside:
                 return send(staged, destination, message=message, silence=self.patience.silence, given_up=given_up)
 
-        self.start(work, seconds=self.patience.limit_for(files), places=places)
+        future = self.start(work, seconds=self.patience.limit_for(files))
+        future.add_done_callback(partial(self._ended, places=places, given_up=given_up))
 
-    def start(
-        self, work: Callable[[], CommitInfo], *, seconds: float, places: Mapping[str, Path] | None = None
-    ) -> Future[CommitInfo]:
-        """Start a push, after those under way.
+    def start(self, work: Callable[[], CommitInfo], *, seconds: float) -> Future[CommitInfo]:
+        """Start a push, after those under way; what becomes of it is the caller's to see.
 
         Args:
             work: Makes the push.
             seconds: How long it may take.
-            places: Checkpoints that it sends.
         """
+        if self._pool is None:
+            self._pool = ThreadPool(1)
         latest = max(self._under_way.values(), default=time.monotonic())
         future = in_background(work, self._pool)
         self._under_way[future] = latest + seconds
-        future.add_done_callback(partial(self._ended, places=places or {}))
         return future
 
     def finish(self) -> None:
@@ -107,6 +103,13 @@ class PushesBeside:
             logger.info("Waiting for the push under way.")
             wait(self._under_way, max(self._under_way.values()) - time.monotonic())
             self._sort_out()
+        self._close()
+
+    def _close(self) -> None:
+        """Let the thread go once it is done."""
+        if self._pool is not None:
+            self._pool.close()
+        self._pool, self._given_up, self._under_way = None, threading.Event(), {}
 
     def _sort_out(self) -> None:
         """Forget pushes that have ended, and leave to themselves all of a thread that takes longer than it may."""
@@ -115,11 +118,12 @@ class PushesBeside:
         if any(until <= now for until in self._under_way.values()):
             self._tell("silence", "the Hub does not come to an end")
             self._given_up.set()
-            self._pool.close()
-            self._begin()
+            self._close()
 
-    def _ended(self, future: Future[CommitInfo], *, places: Mapping[str, Path]) -> None:
+    def _ended(self, future: Future[CommitInfo], *, places: Mapping[str, Path], given_up: threading.Event) -> None:
         error = future.exception()
+        if given_up.is_set():
+            return
         if error is not None:
             cause = cause_of(error)
             self._tell(cause.name, cause.text)
@@ -133,4 +137,4 @@ class PushesBeside:
         """Warn of a failure, once for each cause until a push goes well."""
         if name not in self._told:
             self._told.add(name)
-            logger.warning("A push beside training failed: %s. Training goes on; the next save tries again.", text)
+            logger.warning("A push beside training failed: %s. Training goes on; the next push sends it again.", text)

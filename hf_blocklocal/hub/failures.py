@@ -46,6 +46,8 @@ def cause_of(error: BaseException) -> Cause:
             return Cause("revision", f"it has no such revision ({_line(link)})", passes=False)
         if isinstance(link, HfHubHTTPError) and getattr(link, "response", None) is not None:
             return _of_answer(link)
+        if "xet-write-token" in str(link) and "404" in str(link):
+            return Cause("xet", "this Hub does not know xet; set HF_HUB_DISABLE_XET=1", passes=False)
         if isinstance(link, httpx.TimeoutException):
             return Cause("silence", "the Hub does not answer", passes=True)
         if isinstance(link, httpx.HTTPError | ConnectionError):

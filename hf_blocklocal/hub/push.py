@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, wait
 from contextlib import closing, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import TypeVar
@@ -49,7 +49,7 @@ class Destination:
     """
 
     repo: str
-    token: str | None = None
+    token: str | None = field(default=None, repr=False)
     private: bool | None = None
     revision: str | None = None
 
@@ -71,6 +71,9 @@ class Patience:
         silence: Seconds without a byte from the Hub before it counts as hung.
         limit: Seconds for everything, to which the time of a slow connection is added.
         bytes_per_second: A slow connection.
+
+    Raises:
+        NotPushableError: If a value is impossible.
     """
 
     attempts: int = 6
@@ -78,6 +81,14 @@ class Patience:
     silence: float = 30.0
     limit: float = 300.0
     bytes_per_second: float = 1e6
+
+    def __post_init__(self) -> None:
+        for name, least in {"attempts": 1, "first_wait": 0}.items():
+            if getattr(self, name) < least:
+                raise NotPushableError(f"{name} must be at least {least}, got {getattr(self, name)!r}.")
+        for name in ("silence", "limit", "bytes_per_second"):
+            if not getattr(self, name) > 0:
+                raise NotPushableError(f"{name} must be a number above 0, got {getattr(self, name)!r}.")
 
     def limit_for(self, files: Mapping[str, Path]) -> float:
         """Return the seconds within which these files are sent, or the push is given up."""

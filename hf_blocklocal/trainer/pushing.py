@@ -46,6 +46,7 @@ class PushesRuns(Trainer):
     """
 
     push_patience = Patience()
+    _beside: PushesBeside | None = None
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """Train as the parent does; `resume_from_checkpoint` may be a repository on the Hub, too."""
@@ -100,9 +101,10 @@ class PushesRuns(Trainer):
     @property
     def _pushes(self) -> PushesBeside:
         """Pushes made beside training, by the first process alone."""
-        if not hasattr(self, "_pushes_made"):
-            self._pushes_made = PushesBeside(self.push_patience)
-        return self._pushes_made
+        if self._beside is None or self._beside.patience != self.push_patience:
+            self._finish_current_push()
+            self._beside = PushesBeside(self.push_patience)
+        return self._beside
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         """Push the model of a checkpoint in the background, in place of the parent's jobs that nobody looks after."""
@@ -123,8 +125,8 @@ class PushesRuns(Trainer):
 
     def _finish_current_push(self) -> None:
         """Wait for pushes under way, but not for ever."""
-        if self.is_world_process_zero():
-            self._pushes.finish()
+        if self._beside is not None:
+            self._beside.finish()
 
     # ---- After training ----
 

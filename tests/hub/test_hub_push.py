@@ -84,6 +84,11 @@ def test_a_slow_hub_is_waited_for(hub, run):
     assert sorted(hub.files("ann/run")) == SHARED
 
 
+def test_a_hub_that_knows_no_xet_is_told_of_with_the_way_out(hub, run, monkeypatch):
+    monkeypatch.setattr(client, "HF_HUB_DISABLE_XET", False)
+    assert "this Hub does not know xet; set HF_HUB_DISABLE_XET=1" in refused(run)
+
+
 # ---- Failures that pass ----
 
 
@@ -148,6 +153,7 @@ def test_the_last_word_names_folder_and_command(hub, run):
 def test_no_token_ends_up_in_the_last_word(hub, run):
     hub.fail("/commit/", 500)
     assert "hf_write" not in refused(run, token="hf_write")
+    assert "hf_write" not in repr(Destination("ann/run", "hf_write"))
 
 
 def test_the_next_push_goes_on_where_the_failed_one_stopped(hub, run):
@@ -208,6 +214,23 @@ def test_a_push_that_does_not_come_to_an_end_is_left_to_itself(hub, run):
     text = refused(run, patience=Patience(silence=60, limit=1))
     assert "tried once: the Hub does not come to an end" in text
     assert time.monotonic() - start < 10
+
+
+def test_a_push_that_was_left_to_itself_commits_nothing_later(hub, run):
+    hub.fail("PUT /lfs", wait=2, times=1)
+    refused(run, patience=Patience(silence=60, limit=0.5))
+    uploads = hub.count("PUT /lfs")
+    wait_for(lambda: hub.count("PUT /lfs") > uploads)
+    push_run(run, Destination("ann/run"), message="Later", patience=QUICK)
+    time.sleep(0.5)
+    assert hub.store.repositories["ann/run"].messages == ["initial commit", "Later"]
+
+
+def wait_for(condition, seconds=20):
+    until = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < until
+        time.sleep(0.02)
 
 
 def test_no_network(hub, run):
@@ -276,6 +299,14 @@ def test_a_run_that_lacks_a_shard(hub, run):
 def test_a_card_that_the_hub_refuses_is_named(hub, run):
     (run / "README.md").write_text("no metadata", encoding="utf-8")
     assert "no metadata" in refused(run)
+
+
+@pytest.mark.parametrize(
+    "values", [{"attempts": 0}, {"first_wait": -1}, {"silence": 0}, {"limit": -5.0}, {"bytes_per_second": 0}]
+)
+def test_patience_without_sense(values):
+    with pytest.raises(NotPushableError, match=f"{next(iter(values))} must be"):
+        Patience(**values)
 
 
 # ---- scripts/push.py ----

@@ -74,7 +74,7 @@ def test_a_hub_that_fails_changes_no_weight_and_is_told_of_once(hub, tmp_path, c
     trainer.train()
     assert equal(trainer.model.state_dict(), plain.model.state_dict())
     assert ours(caplog) == [
-        "A push beside training failed: the Hub answered 500. Training goes on; the next save tries again."
+        "A push beside training failed: the Hub answered 500. Training goes on; the next push sends it again."
     ]
     assert hub.count("/commit/") == 3
 
