@@ -13,12 +13,13 @@ from hf_blocklocal.assembly import Assembly, assemble
 from hf_blocklocal.checkpoint import load_heads_, saved_boundaries
 from hf_blocklocal.config import BlockLocalConfig
 from hf_blocklocal.hub import fetch
+from hf_blocklocal.standin import stand_in
 
 
 def load_heads(
     source: str | os.PathLike[str],
     model: nn.Module,
-    inputs: Mapping[str, Any],
+    inputs: Mapping[str, Any] | None = None,
     *,
     revision: str | None = None,
     token: str | None = None,
@@ -28,7 +29,8 @@ def load_heads(
     Args:
         source: A folder that `save_model()` has written, or a repository on the Hub.
         model: The model, loaded from there or anywhere with `from_pretrained`.
-        inputs: A small batch with labels, on the model's device; it tells what the model is to predict.
+        inputs: A small batch with labels, on the model's device; it tells what the model is to predict. For text and
+            images and the usual tasks, one is made up.
         revision: Branch, tag or commit of the repository.
         token: A token that may read it; None takes that of `hf auth login` or HF_TOKEN.
 
@@ -37,6 +39,7 @@ def load_heads(
 
     Raises:
         FetchError: If the source cannot be read.
+        InputsNeededError: If no batch can be made up for this model.
         HeadsMismatchError: If the heads belong to another model, naming the first tensor that does not fit.
     """
     folder = fetch(source, revision=revision, token=token)
@@ -44,6 +47,6 @@ def load_heads(
     if config.balance != "layers":
         # The balance depends on the traced batch; where the cut has been is known.
         config = replace(config, boundaries=saved_boundaries(folder), balance="layers")
-    assembly = assemble(model, config, inputs)
+    assembly = assemble(model, config, stand_in(model) if inputs is None else inputs)
     load_heads_(assembly.heads, folder, cut=assembly.cut)
     return assembly

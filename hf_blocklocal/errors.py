@@ -52,7 +52,7 @@ class NonFiniteLossError(BlockLocalError, RuntimeError):
 
 
 class InputsNeededError(BlockLocalError, ValueError):
-    """Heads that borrow layers, or denoising, lack the inputs of the forward pass. Hand them to `teach`."""
+    """The inputs of a forward pass are needed, for heads that borrow layers, for denoising, or to know a model."""
 
 
 class LossNotSentBackError(BlockLocalError, RuntimeError):

@@ -32,6 +32,7 @@ FLOORS = [
         "overlap",
         "partition",
         "signals",
+        "standin",
         "targets",
     ],
     ["bootstrap", "defaults", "tying", "families", "polish", "sampling", "scaling", "stream", "updates"],

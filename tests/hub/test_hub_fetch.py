@@ -47,7 +47,7 @@ def same(first, second):
 def test_heads_are_put_back_on_a_plain_model(pushed, source):
     source = "ann/run" if source == "hub" else pushed
     model = AutoModelForSequenceClassification.from_pretrained(source)
-    assembly = load_heads(source, model, SPECIMEN.batch(0))
+    assembly = load_heads(source, model)
     assert assembly.module.model is model
     assert same(assembly.heads.state_dict(), heads_of(pushed))
     assert assembly.config == BlockLocalConfig.from_pretrained(pushed)
