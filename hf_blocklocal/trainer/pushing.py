@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -166,12 +167,25 @@ class PushesRuns(Trainer):
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
         destination = self._destination(token=token, private=private, revision=revision)
         check_destination(destination)
+        destination = self._with_namespace(destination)
         self._write_card(destination, **kwargs)
         push = partial(push_run, folder, destination, message=commit_message, patience=self.push_patience)
         if not blocking:
             return self._pushes.start(push, seconds=self.push_patience.limit_for(run_files(folder)))
         self._finish_current_push()
         return push()
+
+    def _with_namespace(self, destination: Destination) -> Destination:
+        """Ask whose repository it is, so that the card can name it; a Hub that fails is not asked twice."""
+        if "/" not in destination.repo:
+            try:
+                self.hub_model_id = announce(destination, silence=self.push_patience.silence)
+            except FAILURES as error:
+                logger.info("The card goes without a namespace: %s.", cause_of(error).text)
+                return destination
+            return replace(destination, repo=self.hub_model_id)
+        self.hub_model_id = destination.repo
+        return destination
 
     def _write_card(self, destination: Destination, **kwargs: Any) -> None:
         """Write the card, with the tags of the model; it may ask the Hub for the licence of a base model."""

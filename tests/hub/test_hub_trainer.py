@@ -237,6 +237,17 @@ def test_the_training_script_goes_on_to_its_table_and_tells_of_the_push_at_the_e
     assert script("train").save(trainer) is None
 
 
+def test_a_name_without_namespace_is_completed_before_the_card_is_written(hub, tmp_path):
+    trainer = make(tmp_path / "run")
+    seen = []
+    write = trainer.create_model_card
+    trainer.create_model_card = lambda **kwargs: (seen.append(trainer.hub_model_id), write(**kwargs))
+    hub.fail("/commit/", 403)
+    with pytest.raises(PushError, match=r"not pushed to ann/run, .* python scripts/push.py .*/run ann/run$"):
+        trainer.push_to_hub()
+    assert seen == ["ann/run"]
+
+
 def test_saving_with_push_to_hub_pushes(hub, tmp_path):
     trainer = make(tmp_path / "run", push_to_hub=True, hub_model_id="ann/run", hub_private_repo=True)
     trainer.save_model()
