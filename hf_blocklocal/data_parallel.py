@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -84,4 +85,13 @@ def average_over_processes(values: Tensor, world_size: int) -> Tensor:
     if world_size > 1:
         dist.all_reduce(values)
         values /= world_size
+    return values
+
+
+def gather_from_processes(value: Any, world_size: int) -> list[Any]:
+    """Return what every process has to say, a few plain values each, in the order of processes; all must call."""
+    if world_size == 1:
+        return [value]
+    values: list[Any] = [None] * world_size
+    dist.all_gather_object(values, value)
     return values

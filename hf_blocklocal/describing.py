@@ -30,22 +30,35 @@ def table_of_blocks(
     """
     rows = [("block", "layers", "parameters", "head", "cost", "taught by")]
     for block, span in enumerate(cut.spans):
-        head = heads[block] if block < cut.num_blocks - 1 else None
-        in_head = 0 if head is None else sum(parameter.numel() for parameter in head.parameters())
-        in_block = sum(parameter.numel() for parameter in parameters[block]) - in_head
-        taught = "the model's own loss"
-        if head is not None:
-            taught = f"{type(head.feedback).__name__}, {type(head.loss).__name__} ({head.loss.family.name})"
-            if head.borrows:
-                layers_above = borrowed_layers(cut, block, config.head_layers)
-                through = ["a lens"] if head.lens is not None else []
-                through += [f"layers {', '.join(map(str, layers_above))}"] if layers_above else []
-                taught += f" through {' and '.join(through)}"
+        in_block, in_head = sizes(parameters, heads, block)
         layers = f"{span.start}-{span.last}" if cut.num_blocks - 1 > 0 else "all"
-        rows.append((str(block), layers, f"{in_block:,}", f"{in_head:,}", _cost_of_head(costs, block), taught))
+        cost, taught = _cost_of_head(costs, block), taught_by(cut, config, heads, block)
+        rows.append((str(block), layers, f"{in_block:,}", f"{in_head:,}", cost, taught))
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
     return "\n".join(line.rstrip() for line in lines)
+
+
+def sizes(
+    parameters: Sequence[Sequence[nn.Parameter]], heads: Sequence[FeedbackHead], block: int
+) -> tuple[int, int]:
+    """Return the parameters of a block, and those of its head."""
+    in_head = sum(parameter.numel() for parameter in heads[block].parameters()) if block < len(heads) else 0
+    return sum(parameter.numel() for parameter in parameters[block]) - in_head, in_head
+
+
+def taught_by(cut: Cut, config: BlockLocalConfig, heads: Sequence[FeedbackHead], block: int) -> str:
+    """Say in a few words what a block learns from."""
+    if block >= len(heads):
+        return "the model's own loss"
+    head = heads[block]
+    taught = f"{type(head.feedback).__name__}, {type(head.loss).__name__} ({head.loss.family.name})"
+    if head.borrows:
+        layers_above = borrowed_layers(cut, block, config.head_layers)
+        through = ["a lens"] if head.lens is not None else []
+        through += [f"layers {', '.join(map(str, layers_above))}"] if layers_above else []
+        taught += f" through {' and '.join(through)}"
+    return taught
 
 
 def _cost_of_head(costs: Sequence[float], block: int) -> str:

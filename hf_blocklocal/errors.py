@@ -89,3 +89,11 @@ class BlockPeerError(BlockLocalError, RuntimeError):
 
 class BatchMismatchError(BlockLocalError, RuntimeError):
     """Processes of one chain read different batches. Make data loading the same in all of them, then start again."""
+
+
+class HistoryError(BlockLocalError, ValueError):
+    """A history file is missing or holds a line that is no row. The message names the line; mend or remove it."""
+
+
+class CardError(BlockLocalError, ValueError):
+    """A model card cannot be made as asked: from that template, or beside that baseline. The model itself is saved."""

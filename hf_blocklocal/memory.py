@@ -5,9 +5,13 @@ Bytes of storages are counted, on any device. Nothing here knows blocks, heads o
 
 from __future__ import annotations
 
+import importlib
+import sys
 import weakref
+from collections.abc import Iterable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -145,6 +149,27 @@ class TensorMeter(_Meter, TorchDispatchMode):
                 self._ledger.hold(key, storage.nbytes())
                 weakref.finalize(storage, self._ledger.release, key).atexit = False
         return result
+
+
+def peaks_so_far(devices: Iterable[torch.device]) -> dict[str, tuple[int, str]]:
+    """Return the most memory that has been in use so far, without having watched anything.
+
+    Args:
+        devices: The devices that the run computes on. The main memory is that of the whole process.
+
+    Returns:
+        By device, the bytes and what they count: `"allocated"` by torch, or `"resident"` for the process. A device
+        that keeps no such count is left out.
+    """
+    peaks = {}
+    for device in dict.fromkeys(devices):
+        if device.type == "cuda":
+            peaks[str(device)] = (torch.cuda.max_memory_allocated(device), "allocated")
+        elif device.type == "cpu" and sys.platform != "win32":
+            usage = importlib.import_module("resource")  # there is none on Windows
+            unit = 1 if sys.platform == "darwin" else 1024
+            peaks["cpu"] = (usage.getrusage(usage.RUSAGE_SELF).ru_maxrss * unit, "resident")
+    return peaks
 
 
 def _storage_key(tensor: Tensor) -> int:

@@ -15,6 +15,9 @@ from torch import Tensor
 from hf_blocklocal.errors import LossNotSentBackError
 
 
+CITATION = "Gomez et al. (2020), Interlocking Backpropagation, arXiv 2010.04116"
+
+
 @dataclass(frozen=True)
 class _Kept:
     """The output of a block, and the leaf that stands for it above."""

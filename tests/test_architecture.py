@@ -24,6 +24,7 @@ FLOORS = [
         "shards",
         "wire",
         "extras",
+        "history",
         "groups",
         "lending",
         "memory",
@@ -31,6 +32,7 @@ FLOORS = [
         "optim",
         "overlap",
         "partition",
+        "provenance",
         "signals",
         "standin",
         "targets",
@@ -38,13 +40,14 @@ FLOORS = [
     ["bootstrap", "defaults", "tying", "families", "polish", "sampling", "scaling", "stream", "updates"],
     ["chain", "losses"],
     ["exchange", "feedback", "gathering"],
-    ["blocks", "meters", "plots", "probe", "randomness", "settings"],
+    ["blocks", "card", "meters", "plots", "probe", "randomness", "settings"],
     ["checkpoint", "inlets", "trace"],
     ["hub", "needs", "replay", "shortcut"],
     ["denoising", "stage"],
     ["step"],
     ["building", "costs", "describing", "evaluation"],
     ["assembly"],
+    ["portrait"],
     ["attaching", "callbacks", "stationing"],
     ["trainer"],
 ]
@@ -57,7 +60,7 @@ ALLOWED = {
     "evaluate": {"metrics"},
     "peft": set(),
     "matplotlib": {"plots"},
-    "huggingface_hub": {"hub"},
+    "huggingface_hub": {"card", "hub"},
 }
 FILES = sorted(PACKAGE.rglob("*.py"))
 

@@ -25,6 +25,9 @@ class FeedbackNetwork(nn.Module, ABC):
     loss: ClassVar[str]
     """Name of the local loss that its messages are made for."""
 
+    citation: ClassVar[str]
+    """The paper that it comes from."""
+
     needs: ClassVar[str] = "it fits every task"
     """What it needs of a task that it does not fit."""
 

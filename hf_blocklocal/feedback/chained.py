@@ -27,6 +27,7 @@ class ChainedFeedback(FeedbackNetwork):
         above: The feedback network of the block above.
     """
 
+    citation = DirectFeedback.citation
     loss = DirectFeedback.loss
     needs = DirectFeedback.needs
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from hf_blocklocal.errors import TargetError
 from hf_blocklocal.feedback.base import FeedbackNetwork
+from hf_blocklocal.losses.base import KAPPEL2023
 from hf_blocklocal.targets import Targets, Task
 
 
@@ -20,6 +21,7 @@ class DirectFeedback(FeedbackNetwork):
     table over the vocabulary.
     """
 
+    citation = KAPPEL2023
     loss = "contrast"
     needs = "it contrasts a target with all others, which needs a finite set"
 

@@ -13,6 +13,7 @@ class LabelFeedback(FeedbackNetwork):
     language-model head of its own, which is not light.
     """
 
+    citation = "Nokland & Eidnes (2019), Training neural networks with local error signals, arXiv 1901.06656"
     loss = "agreement"
     observed = True
 

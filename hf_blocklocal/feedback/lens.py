@@ -19,6 +19,10 @@ class Lens(nn.Module):
         hidden_width: Width D of the block's output.
     """
 
+    citation = (
+        "Belrose et al. (2023), Eliciting latent predictions from transformers with the tuned lens, arXiv 2303.08112"
+    )
+
     def __init__(self, hidden_width: int) -> None:
         super().__init__()
         self.linear = nn.Linear(hidden_width, hidden_width)

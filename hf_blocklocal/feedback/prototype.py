@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from hf_blocklocal.errors import TargetError
 from hf_blocklocal.feedback.base import FeedbackNetwork
+from hf_blocklocal.losses.base import KAPPEL2023
 from hf_blocklocal.targets import Targets, Task
 
 
@@ -18,6 +19,7 @@ class PrototypeFeedback(FeedbackNetwork):
     classifier.
     """
 
+    citation = KAPPEL2023
     loss = "kappel2023"
     needs = "it learns a prototype of each class"
     observed = True

@@ -57,6 +57,8 @@ class MLPReadout(LinearReadout):
         units: Units Z of the latent.
     """
 
+    citation = "Belilovsky et al. (2020), Decoupled greedy learning of CNNs, arXiv 1901.08164"
+
     def __init__(self, hidden_width: int, units: int) -> None:
         super().__init__(hidden_width, units)
         self.hidden = nn.Linear(hidden_width, hidden_width)

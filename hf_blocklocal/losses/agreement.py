@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from hf_blocklocal.losses.base import LocalLoss, Messages
+from hf_blocklocal.losses.base import KAPPEL2023, LocalLoss, Messages
 from hf_blocklocal.targets import Targets
 
 
@@ -16,7 +16,7 @@ class Agreement(LocalLoss):
     learned backward message it would be smallest where both messages are constant, so it is not offered for one.
     """
 
-    citation = "Kappel et al. (2023), Block-local learning with probabilistic latent representations, arXiv 2305.14974"
+    citation = KAPPEL2023
 
     def logits(self, messages: Messages) -> Tensor:
         """Return the natural parameters themselves, (N, C)."""

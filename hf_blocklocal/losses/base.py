@@ -14,6 +14,10 @@ from hf_blocklocal.families import Family
 from hf_blocklocal.targets import Targets
 
 
+KAPPEL2023 = "Kappel et al. (2023), Block-local learning with probabilistic latent representations, arXiv 2305.14974"
+"""The paper of the method."""
+
+
 @dataclass(frozen=True)
 class Messages:
     """What meets at the end of a block.

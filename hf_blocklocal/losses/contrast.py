@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from hf_blocklocal.losses.base import LocalLoss, Messages
+from hf_blocklocal.losses.base import KAPPEL2023, LocalLoss, Messages
 from hf_blocklocal.targets import Targets
 
 
@@ -17,7 +17,7 @@ class Contrast(LocalLoss):
     candidates, each weighted by the tokens it stands for.
     """
 
-    citation = "Kappel et al. (2023), Block-local learning with probabilistic latent representations, arXiv 2305.14974"
+    citation = KAPPEL2023
 
     def logits(self, messages: Messages) -> Tensor:
         """Return the log overlap with every candidate's message, (N, C), up to a term per row.

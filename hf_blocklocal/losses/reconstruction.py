@@ -25,6 +25,8 @@ class Reconstruction(nn.Module):
         weight: Weight beside the loss of the head.
     """
 
+    citation = "Wang et al. (2021), Revisiting locally supervised learning, arXiv 2101.10832"
+
     def __init__(self, hidden_width: int, entering_width: int, *, weight: float) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(hidden_width)

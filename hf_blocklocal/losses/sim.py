@@ -28,6 +28,8 @@ class SimilarityMatching(nn.Module):
         hidden_width: Width D of the block's output.
     """
 
+    citation = "Nokland & Eidnes (2019), Training neural networks with local error signals, arXiv 1901.06656"
+
     def __init__(self, hidden_width: int) -> None:
         super().__init__()
         self.map = nn.Linear(hidden_width, hidden_width, bias=False)

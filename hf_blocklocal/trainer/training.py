@@ -28,6 +28,7 @@ from hf_blocklocal.probe import dataset_to_trace, first_batch, random_state_kept
 from hf_blocklocal.scaling import custom_loss, loss_scale
 from hf_blocklocal.settings import check_arguments, check_launcher, check_loss_settings, check_placement
 from hf_blocklocal.step import StepReport
+from hf_blocklocal.trainer.cards import WritesCards
 from hf_blocklocal.trainer.evaluating import EvaluatesBlocks
 from hf_blocklocal.trainer.placing import PlacesBlocks
 from hf_blocklocal.trainer.pushing import PushesRuns
@@ -38,7 +39,7 @@ from hf_blocklocal.updates import BlockUpdates
 logger = logging.getLogger(__name__)
 
 
-class BlockLocalTrainer(EvaluatesBlocks, SavesBlocks, PushesRuns, PlacesBlocks, Trainer):
+class BlockLocalTrainer(EvaluatesBlocks, SavesBlocks, PushesRuns, PlacesBlocks, WritesCards, Trainer):
     """Fine-tune a transformers model block by block, each block from its own loss.
 
     Takes the arguments of `transformers.Trainer` and one more. With one block it is the `Trainer`, to the bit. With
