@@ -18,7 +18,7 @@ from hf_blocklocal import BlockLocalConfig, BlockLocalTrainer
 from hf_blocklocal.callbacks import DriftCallback, GradientAlignmentCallback, LinearProbeCallback
 from hf_blocklocal.errors import MissingExtraError, NothingToDrawError
 from hf_blocklocal.extras import optional
-from hf_blocklocal.plots import draw, draw_run, find_state, spread
+from hf_blocklocal.plots import draw, draw_run, find_source, spread
 
 
 ROOT = Path(__file__).parents[1]
@@ -196,16 +196,18 @@ def test_the_newest_state_of_a_run_is_drawn(run_folder):
     folder, checkpoint = run_folder(), run_folder(folder="run/checkpoint-20")
     for path, second in ((folder, 1), (checkpoint, 2)):
         os.utime(path / "trainer_state.json", (second, second))
-    assert find_state(folder) == checkpoint / "trainer_state.json"
+    assert find_source(folder) == checkpoint / "trainer_state.json"
     os.utime(folder / "trainer_state.json", (3, 3))
-    assert find_state(folder) == folder / "trainer_state.json"
-    assert find_state(checkpoint) == checkpoint / "trainer_state.json"
+    assert find_source(folder) == folder / "trainer_state.json"
+    assert find_source(checkpoint) == checkpoint / "trainer_state.json"
 
 
 def test_a_folder_without_anything_to_draw_is_refused_with_what_to_do(run_folder, tmp_path):
     with pytest.raises(NothingToDrawError, match="There is no folder"):
         draw_run(tmp_path / "nowhere")
-    with pytest.raises(NothingToDrawError, match=r"holds no trainer_state.json.*trainer.save_state\(\)"):
+    with pytest.raises(
+        NothingToDrawError, match=r"holds no history.jsonl and no trainer_state.json.*trainer.save_state\(\)"
+    ):
         draw_run(tmp_path)
     with pytest.raises(NothingToDrawError, match="holds 1 rows and nothing to draw.*logging_steps"):
         draw_run(run_folder([{"train_loss": 1.0, "step": 3}]))
@@ -238,4 +240,4 @@ def test_a_real_run_with_all_callbacks_is_drawn_whole(tmp_path):
         trainer.add_callback(kind(trainer, every=2))
     trainer.train()
     trainer.save_state()
-    assert {path.stem for path in draw_run(tmp_path)} == NAMES
+    assert {path.stem for path in draw_run(tmp_path)} == NAMES | {"cut", "memory"}

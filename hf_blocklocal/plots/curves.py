@@ -1,48 +1,20 @@
-"""Draw the history of a run, block by block: one idea per figure, one PNG each.
-
-Only `trainer_state.json` is read, so a run can be drawn anywhere and at any time, also while it goes on. Nothing
-global is touched: no pyplot, no backend, no style.
-"""
+"""Curves of what a run has logged, block by block: over time, and over depth."""
 
 from __future__ import annotations
 
-import json
 import math
-import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from hf_blocklocal.errors import NothingToDrawError
 from hf_blocklocal.extras import optional
+from hf_blocklocal.plots.style import GREY, canvas, shades
 
 
-STATE_NAME = "trainer_state.json"
-INK, GREY, GRID = "#222222", "#6b6b6b", "#e4e4e4"
 MARKERS = "osD^vPX"
 # Times that are drawn over depth, so that the lines can still be told apart.
 TIMES = 5
-STYLE = {
-    "font.size": 11,
-    "axes.titlesize": 14,
-    "axes.titleweight": "bold",
-    "axes.titlelocation": "left",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.edgecolor": GREY,
-    "axes.labelcolor": INK,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "grid.color": GRID,
-    "text.color": INK,
-    "xtick.color": GREY,
-    "ytick.color": GREY,
-    "lines.linewidth": 2.0,
-    "lines.markersize": 5.0,
-    "lines.solid_capstyle": "round",
-}
 
 Curve = dict[float, float]
 """Value by optimizer step, or by depth."""
@@ -140,58 +112,8 @@ PICTURES = (
 )
 
 
-def draw_run(folder: str | os.PathLike[str], output: str | os.PathLike[str] | None = None) -> list[Path]:
-    """Draw what the history of a run has to show.
-
-    Args:
-        folder: Folder of the run, or of one of its checkpoints.
-        output: Folder for the PNGs, made if need be. Default: `plots` in the folder of the run.
-
-    Returns:
-        The PNGs.
-
-    Raises:
-        NothingToDrawError: If the folder is none of a run, or the history holds nothing to draw.
-        MissingExtraError: If matplotlib is not installed.
-    """
-    state = find_state(folder)
-    history = json.loads(state.read_text(encoding="utf-8")).get("log_history", [])
-    figures = draw(history)
-    if not figures:
-        raise NothingToDrawError(
-            f"{state} holds {len(history)} rows and nothing to draw: no loss, no evaluation, no diagnostics. Train "
-            "with logging_steps smaller than the run, an eval_strategy, or the callbacks of hf_blocklocal.callbacks."
-        )
-    target = Path(folder) / "plots" if output is None else Path(output)
-    target.mkdir(parents=True, exist_ok=True)
-    paths = []
-    for name, figure in figures.items():
-        paths.append(target / f"{name}.png")
-        with optional("matplotlib", extra="plots").rc_context(STYLE):
-            figure.savefig(paths[-1], dpi=160, format="png")
-    return paths
-
-
-def find_state(folder: str | os.PathLike[str]) -> Path:
-    """Return the newest `trainer_state.json` of a run: its own, or that of a checkpoint.
-
-    Raises:
-        NothingToDrawError: If there is none.
-    """
-    root = Path(folder)
-    if not root.is_dir():
-        raise NothingToDrawError(f"There is no folder {root}. Give the output_dir of a run.")
-    states = [*root.glob(STATE_NAME), *root.glob(f"checkpoint-*/{STATE_NAME}")]
-    if not states:
-        raise NothingToDrawError(
-            f"{root} holds no {STATE_NAME}, nor does a checkpoint in it, so it is not the output_dir of a run, or "
-            "one that saved nothing. Call trainer.save_state() after train()."
-        )
-    return max(states, key=lambda path: path.stat().st_mtime_ns)
-
-
-def draw(history: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Return a matplotlib figure, by name, for every picture that the rows of a history have something for."""
+def draw_curves(history: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return a matplotlib figure, by name, for every picture that the rows of a log history have something for."""
     found = {picture: curves_of(history, picture) for picture in PICTURES}
     blocks = 1 + max((block for sets in found.values() for curves in sets.values() for block in curves), default=0)
     layers = _layers(history)
@@ -237,8 +159,8 @@ def _layers(history: Sequence[Mapping[str, Any]]) -> dict[int, int]:
 
 
 def _over_steps(picture: Picture, curves: Mapping[int, Curve], blocks: int) -> Any:
-    figure, axes = _canvas(picture, picture.title, "optimizer step")
-    colors = _shades("viridis", blocks, 0.0, 0.78)
+    figure, axes = canvas(picture.title, picture.reading, x_label="optimizer step", y_label=picture.unit)
+    colors = shades("viridis", blocks, 0.0, 0.78)
     ends = []
     for block, curve in curves.items():
         marker = MARKERS[block % len(MARKERS)] if len(curve) <= 40 else None
@@ -251,12 +173,12 @@ def _over_steps(picture: Picture, curves: Mapping[int, Curve], blocks: int) -> A
 
 
 def _over_depth(picture: Picture, curves: Mapping[int, Curve], layers: Mapping[int, int]) -> Any:
-    figure, axes = _canvas(picture, picture.by_depth or picture.title, "")
+    figure, axes = canvas(picture.by_depth or picture.title, picture.reading, y_label=picture.unit)
     steps = sorted(set.intersection(*(set(curve) for curve in curves.values())))
     count = min(TIMES, len(steps))
     chosen = [steps[round(number * (len(steps) - 1) / max(count - 1, 1))] for number in range(count)]
     ends = []
-    for step, color in zip(chosen, _shades("cividis_r", count, 0.25, 1.0), strict=True):
+    for step, color in zip(chosen, shades("cividis_r", count, 0.25, 1.0), strict=True):
         line = {float(block): curve[step] for block, curve in curves.items()}
         axes.plot(list(line), list(line.values()), color=color, marker="o")
         ends.append((line, f"step {step}", color))
@@ -267,20 +189,6 @@ def _over_depth(picture: Picture, curves: Mapping[int, Curve], layers: Mapping[i
     axes.set_xticks(list(names), ticks)
     _finish(axes, picture, ends)
     return figure
-
-
-def _canvas(picture: Picture, title: str, x_label: str) -> tuple[Any, Any]:
-    matplotlib = optional("matplotlib", extra="plots")
-    with matplotlib.rc_context(STYLE):
-        figure = optional("matplotlib.figure", extra="plots").Figure(figsize=(8, 4.6), layout="constrained")
-        figure.get_layout_engine().set(w_pad=0.15, h_pad=0.15)
-        axes = figure.add_subplot()
-        axes.set_title(title, pad=26)
-        axes.text(0, 1.03, picture.reading, transform=axes.transAxes, fontsize=9.5, color=GREY, va="bottom")
-        axes.set_xlabel(x_label)
-        axes.set_ylabel(picture.unit)
-        axes.grid(visible=False, axis="x")
-    return figure, axes
 
 
 def _finish(axes: Any, picture: Picture, ends: Sequence[tuple[Curve, str, Any]]) -> None:
@@ -322,9 +230,3 @@ def spread(heights: Sequence[float], *, gap: float) -> list[float]:
     bases = [total / members for total, members in groups for _ in range(int(members))]
     placed = {index: bases[rank] + rank * gap for rank, index in enumerate(order)}
     return [placed[index] for index in range(len(heights))]
-
-
-def _shades(name: str, count: int, low: float, high: float) -> list[Any]:
-    """Return colours of a map that grows in lightness, which everybody can tell apart and put in order."""
-    colors = optional("matplotlib", extra="plots").colormaps[name]
-    return [colors(low + (high - low) * number / max(count - 1, 1)) for number in range(count)]
