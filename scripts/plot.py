@@ -1,4 +1,4 @@
-"""Draw the curves of a run, block by block: losses, accuracies, and what the callbacks have seen. One PNG each.
+"""Draw a run from its history.jsonl, one PNG each: losses, accuracies, the cut, memory, what the callbacks have seen.
 
 python scripts/plot.py runs/quickstart
 python scripts/plot.py runs/quickstart --output figures
@@ -17,7 +17,11 @@ from pathlib import Path
 def main(argv: Sequence[str] | None = None) -> None:
     """Draw, and print the names of the files."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run_dir", type=Path, help="output_dir of a run; the newest trainer_state.json in it is drawn")
+    parser.add_argument(
+        "run_dir",
+        type=Path,
+        help="output_dir of a run; without a history.jsonl its newest trainer_state.json is drawn",
+    )
     parser.add_argument("--output", type=Path, help="folder for the PNGs (default: plots in the run's folder)")
     options = parser.parse_args(argv)
 

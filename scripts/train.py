@@ -16,7 +16,7 @@ import os
 import platform
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, Trainer
 
     from hf_blocklocal import BlockLocalConfig
+    from hf_blocklocal.card import CardFacts
 
 
 @dataclass(frozen=True)
@@ -44,9 +45,18 @@ class Run:
     test_samples: int | None = None
     baseline: bool = False
     diagnostics: int | None = None
+    card: dict[str, Any] = field(default_factory=dict)
     examples: list[str] = field(default_factory=list)
     block_local: dict[str, Any] = field(default_factory=dict)
     training: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Source:
+    """The file that says what to train, and the command that has named it."""
+
+    config: str
+    command: str
 
 
 @dataclass(frozen=True)
@@ -118,8 +128,14 @@ def load_texts(run: Run, tokenizer: PreTrainedTokenizerBase) -> tuple[DatasetDic
     return tokens, label.names
 
 
-def train(run: Run, block_local: BlockLocalConfig | None) -> tuple[Outcome, Trainer]:
-    """Train once from the pretrained weights: block by block, or plainly where `block_local` is None."""
+def train(run: Run, block_local: BlockLocalConfig | None, source: Source | None = None) -> tuple[Outcome, Trainer]:
+    """Train once from the pretrained weights: block by block, or plainly where `block_local` is None.
+
+    Args:
+        run: What to train on what.
+        block_local: How to cut and teach the model.
+        source: Where that was written, for the model card.
+    """
     from transformers import (
         AutoModelForSequenceClassification,
         AutoTokenizer,
@@ -152,8 +168,10 @@ def train(run: Run, block_local: BlockLocalConfig | None) -> tuple[Outcome, Trai
         "compute_metrics": accuracy_of_logits(),
     }
     trainer = Trainer(**common) if block_local is None else BlockLocalTrainer(**common, block_local=block_local)
-    if block_local is not None and run.diagnostics is not None:
-        add_diagnostics(trainer, every=run.diagnostics)
+    if block_local is not None:
+        add_card(trainer, run, source)
+        if run.diagnostics is not None:
+            add_diagnostics(trainer, every=run.diagnostics)
     start = time.perf_counter()
     trainer.train()
     seconds = time.perf_counter() - start
@@ -175,6 +193,15 @@ def save(trainer: Trainer) -> str | None:
     except PushError as error:
         return str(error)
     return None
+
+
+def add_card(trainer: Trainer, run: Run, source: Source | None) -> None:
+    """Tell the model card what the run cannot know."""
+    from hf_blocklocal.callbacks import ModelCardCallback
+
+    example = run.examples[0] if run.examples else None
+    origin = {} if source is None else asdict(source)
+    trainer.add_callback(ModelCardCallback(trainer, example=example, **(origin | run.card)))
 
 
 def add_diagnostics(trainer: Trainer, *, every: int) -> None:
@@ -222,20 +249,52 @@ def main(argv: Sequence[str] | None = None) -> None:
     run = read_run(options.config, options.overrides)
 
     from hf_blocklocal import BlockLocalConfig
+    from hf_blocklocal.card import write_card
 
-    outcome, trainer = train(run, BlockLocalConfig.from_dict(run.block_local))
+    command = " ".join(["python scripts/train.py", options.config, *options.overrides])
+    outcome, trainer = train(
+        run, BlockLocalConfig.from_dict(run.block_local), Source(config=options.config, command=command)
+    )
     folder, cut, accelerator = trainer.args.output_dir, trainer.assembly.describe(), trainer.accelerator
-    outcomes = [outcome]
+    outcomes, facts = [outcome], trainer.model_card.facts()
     if run.baseline:
         accelerator.free_memory()
         del trainer
         gc.collect()
         outcomes.append(train(run, None)[0])
     if accelerator.is_main_process:
+        pictures = draw_pictures(folder)
+        write_card(with_outcomes(facts, outcomes, folder), folder, template=run.card.get("template"))
         show(run, cut, outcomes, folder)
+        print(pictures)
     accelerator.end_training()
     if outcome.unpushed is not None:
         raise SystemExit(f"train.py: {outcome.unpushed}")
+
+
+def with_outcomes(facts: CardFacts, outcomes: Sequence[Outcome], folder: str) -> CardFacts:
+    """Add to what a card says what was measured here: time, peak activations, and the plain Trainer's run."""
+    from hf_blocklocal.card import baseline_of
+
+    ours, *others = outcomes
+    measured = replace(facts.result, seconds=ours.seconds, peak_bytes=ours.peak_bytes)
+    baseline = None
+    for other in others:
+        found = baseline_of(Path(folder) / "baseline")
+        baseline = replace(found, name=other.name, seconds=other.seconds, peak_bytes=other.peak_bytes)
+    return replace(facts, result=measured, baseline=baseline)
+
+
+def draw_pictures(folder: str) -> str:
+    """Draw the curves of every block, and say where they are, or what it takes to have them."""
+    from hf_blocklocal.errors import MissingExtraError
+    from hf_blocklocal.plots import draw_run
+
+    try:
+        paths = draw_run(folder)
+    except MissingExtraError as error:
+        return f"No curves were drawn. {error}, then: python scripts/plot.py {folder}"
+    return "\n".join(["Curves of every block, from history.jsonl:", *(f"  {path.as_posix()}" for path in paths)])
 
 
 def versions() -> dict[str, str]:
@@ -254,8 +313,7 @@ def show(run: Run, cut: str, outcomes: Sequence[Outcome], folder: str) -> None:
     for text in run.examples:
         guess = classify(text)[0]
         print(f"{guess['label']} ({guess['score']:.2f}): {text}")
-    print(f"\nSaved in {folder}: an ordinary transformers checkpoint, and the heads beside it.")
-    print(f"Curves of every block: python scripts/plot.py {folder}")
+    print(f"\nSaved in {folder}: an ordinary transformers checkpoint, its card in README.md, and the heads beside it.")
 
 
 if __name__ == "__main__":

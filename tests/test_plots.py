@@ -18,6 +18,7 @@ from hf_blocklocal import BlockLocalConfig, BlockLocalTrainer
 from hf_blocklocal.callbacks import DriftCallback, GradientAlignmentCallback, LinearProbeCallback
 from hf_blocklocal.errors import MissingExtraError, NothingToDrawError
 from hf_blocklocal.extras import optional
+from hf_blocklocal.history import HISTORY_NAME, BlockOfCut, CutRow, Memory, Timeline, logged, write_history
 from hf_blocklocal.plots import draw, draw_run, find_source, spread
 
 
@@ -222,6 +223,49 @@ def test_the_script_prints_the_files_and_explains_in_one_line_what_is_wrong(run_
     assert all(path.is_file() for path in printed)
     with pytest.raises(SystemExit, match=r"^plot.py: There is no folder"):
         main([str(tmp_path / "nowhere")])
+
+
+def test_a_history_shows_what_its_logs_show_and_the_cut_memory_and_timeline(tmp_path):
+    blocks = (BlockOfCut(0, 1, 10, 2, 0.5, "x", "cpu"), BlockOfCut(2, 3, 2500, 0, None, "the model's own loss", "cpu"))
+    rows = [
+        CutRow(0, "BertModel", blocks),
+        *(logged(values, values["step"]) for values in HISTORY),
+        *(Memory(20, device, peak << 30, "allocated", 0) for device, peak in (("cuda:0", 1), ("cuda:1", 3))),
+        *(Timeline(step, block, step + block, step + block + 0.5) for step in range(9) for block in (0, 1)),
+    ]
+    figures = draw(rows)
+    assert figures.keys() == NAMES | {"cut", "memory", "timeline"}
+    assert lines(figures["loss"]) == lines(draw(HISTORY)["loss"])
+    assert [bar.get_width() for bar in figures["memory"].axes[0].patches] == [1, 3]
+    told = " ".join(text.get_text().replace("\n", " ") for text in figures["cut"].axes[0].texts)
+    for words in ("block 0 layers 0 to 1 10 parameters cpu", "2.5 k parameters", "2 parameters, cost 50 %"):
+        assert words in told
+    stops = [line for line in figures["cut"].axes[0].lines if list(line.get_xdata()) == [2, 2]]
+    assert len(stops) == 1
+    stretches = [place for bars in figures["timeline"].axes[0].collections for place in bars.get_paths()]
+    assert len(stretches) == 2 * 4  # the last four steps
+    assert {path.get_extents().x0 for path in stretches} == {0, 1, 2, 3, 4}
+    write_history(tmp_path / HISTORY_NAME, rows)
+    (tmp_path / "trainer_state.json").write_text("never read")
+    assert {path.stem for path in draw_run(tmp_path)} == figures.keys()
+
+
+@pytest.mark.parametrize("blocks", [1, 2, 12])
+def test_any_number_of_blocks_is_drawn(blocks):
+    row = CutRow(
+        0, "X", tuple(BlockOfCut(n, n, 10**n, 0, None, "a, b through layers 1", "cpu") for n in range(blocks))
+    )
+    assert (
+        len(draw([row])["cut"].axes[0].texts) == 1 + 3 * blocks
+    )  # the reading, and for each its name, arrow and head
+    whole = CutRow(0, "X", (BlockOfCut(None, None, 5, 0, None, "the model's own loss", "cpu"),))
+    assert "all layers" in " ".join(text.get_text() for text in draw([whole])["cut"].axes[0].texts)
+
+
+def test_a_corrupt_history_is_named_in_one_line(tmp_path):
+    (tmp_path / HISTORY_NAME).write_text("nonsense\n")
+    with pytest.raises(SystemExit, match=r"^plot.py: Line 1 of .*history.jsonl is no JSON"):
+        script("plot").main([str(tmp_path)])
 
 
 def test_a_real_run_with_all_callbacks_is_drawn_whole(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -40,21 +41,28 @@ def test_the_quickstart_prints_its_table_and_leaves_an_ordinary_checkpoint(prepa
     for line in ("head of block 0", "head of block 1", "block-local, 3 blocks", "plain Trainer", "MiB", "Saved in"):
         assert line in printed
     folder = prepared / "runs" / "quickstart"
-    command = printed.splitlines()[-1]
-    assert command == "Curves of every block: python scripts/plot.py runs/quickstart"
-    drawn = call("plot.py", command.split()[-1], folder=prepared).split()
-    for name in ("loss", "accuracy", "alignment", "probe", "drift"):
-        assert f"runs/quickstart/plots/{name}.png" in drawn
-    assert all((prepared / name).is_file() for name in drawn)
+    named = printed.partition("Curves of every block, from history.jsonl:\n")[2].split()
+    for name in ("cut", "loss", "accuracy", "accuracy_by_depth", "memory", "alignment", "probe", "drift"):
+        assert f"runs/quickstart/plots/{name}.png" in named
+    assert all((prepared / name).is_file() for name in named)
+    assert call("plot.py", "runs/quickstart", folder=prepared).split() == named
     assert (folder / "block_local_heads.safetensors").is_file()
-    code = (
-        "import sys; sys.modules['hf_blocklocal'] = None\n"
-        "from transformers import pipeline\n"
-        f"print(pipeline('text-classification', model={str(folder)!r})('Sort a list.')[0]['label'])"
+    card = (folder / "README.md").read_text()
+    assert set(re.findall(r"\]\((plots/.+?)\)", card)) == {name.removeprefix("runs/quickstart/") for name in named}
+    for words in (
+        "baseline: plain Trainer",
+        "The baseline had the same budget",
+        "Licence: apache-2.0, inherited",
+        "MiB",
+    ):
+        assert words in card
+    code = "import sys; sys.modules['hf_blocklocal'] = None\n"
+    code += re.search(r"```python\n(.*?)```", card, flags=re.DOTALL)[1] + "\nprint(model('Sort a list.')[0]['label'])"
+    result = subprocess.run(
+        [sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, timeout=120, check=True
     )
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
     model = AutoModelForSequenceClassification.from_pretrained(folder)
-    assert result.stdout.strip() in model.config.label2id
+    assert result.stdout.splitlines()[-1] in model.config.label2id
     assert all(torch.isfinite(parameter).all() for parameter in model.parameters())
 
 

@@ -35,17 +35,14 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class Clock:
-    """Adds up what lies between the beginnings and the ends of steps."""
+    """Adds up what steps have taken."""
 
     seconds: float = 0.0
     steps: int = 0
-    began: float | None = None
 
-    def stop(self) -> float:
-        """End the step that goes on, if any; return its seconds."""
-        took = 0.0 if self.began is None else time.perf_counter() - self.began
-        self.seconds, self.steps, self.began = self.seconds + took, self.steps + 1, None
-        return took
+    def add(self, seconds: float) -> None:
+        """Add a step."""
+        self.seconds, self.steps = self.seconds + seconds, self.steps + 1
 
 
 class HistoryCallback(TrainerCallback):
@@ -64,6 +61,7 @@ class HistoryCallback(TrainerCallback):
         self.trainer = trainer
         self.rows: list[Row] = []
         self._file: Path | None = None
+        self._began = 0.0
         self._run, self._since_log = Clock(), Clock()
 
     def on_train_begin(
@@ -89,14 +87,15 @@ class HistoryCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Start the clock."""
-        self._run.began = self._since_log.began = time.perf_counter()
+        self._began = time.perf_counter()
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Stop the clock."""
-        self._run.stop()
-        self._since_log.stop()
+        took = time.perf_counter() - self._began
+        self._run.add(took)
+        self._since_log.add(took)
 
     def on_log(
         self,

@@ -202,7 +202,7 @@ def _changed(config: Any) -> dict[str, Any]:
     for field in fields(config):
         default = field.default if field.default_factory is MISSING else field.default_factory()
         value = _plain(getattr(config, field.name))
-        is_left_open = default in (None, "") and value in (None, False, [], {})
+        is_left_open = default in (None, "") and (value in (None, [], {}) or value is False)
         can_be_told = field.init and isinstance(value, str | int | float | list | dict)
         if can_be_told and not is_left_open and value != _plain(default):
             found[field.name] = value

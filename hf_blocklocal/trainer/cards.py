@@ -36,6 +36,11 @@ class WritesCards(Trainer):
         return next((seen for seen in self.callback_handler.callbacks if isinstance(seen, kind)), None)
 
     @property
+    def history(self) -> HistoryCallback | None:
+        """What keeps the history; None if it has been removed."""
+        return self._observer(HistoryCallback)
+
+    @property
     def model_card(self) -> ModelCardCallback | None:
         """What writes the card; None if it has been removed."""
         return self._observer(ModelCardCallback)
@@ -56,8 +61,8 @@ class WritesCards(Trainer):
             self._save_history(self.args.output_dir)
 
     def _save_history(self, folder: str) -> None:
-        if (history := self._observer(HistoryCallback)) is not None:
-            history.save(folder)
+        if self.history is not None:
+            self.history.save(folder)
 
     def create_model_card(
         self,
