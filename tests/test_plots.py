@@ -252,12 +252,9 @@ def test_a_history_shows_what_its_logs_show_and_the_cut_memory_and_timeline(tmp_
 
 @pytest.mark.parametrize("blocks", [1, 2, 12])
 def test_any_number_of_blocks_is_drawn(blocks):
-    row = CutRow(
-        0, "X", tuple(BlockOfCut(n, n, 10**n, 0, None, "a, b through layers 1", "cpu") for n in range(blocks))
-    )
-    assert (
-        len(draw([row])["cut"].axes[0].texts) == 1 + 3 * blocks
-    )  # the reading, and for each its name, arrow and head
+    cut = tuple(BlockOfCut(n, n, 10**n, 0, None, "a, b through layers 1", "cpu") for n in range(blocks))
+    told = draw([CutRow(0, "X", cut)])["cut"].axes[0].texts
+    assert len(told) == 1 + 3 * blocks  # how to read it, and for each block its name, arrow and head
     whole = CutRow(0, "X", (BlockOfCut(None, None, 5, 0, None, "the model's own loss", "cpu"),))
     assert "all layers" in " ".join(text.get_text() for text in draw([whole])["cut"].axes[0].texts)
 
