@@ -542,15 +542,19 @@ def test_without_its_callback_the_card_is_the_parents(tmp_path):
     assert "generated automatically" in (tmp_path / "README.md").read_text()
 
 
-def test_another_card_or_history_takes_the_place_of_the_first(tmp_path):
+def test_another_card_or_history_takes_the_place_of_the_first_even_after_training(tmp_path):
     trainer = trainer_in(tmp_path)
+    trainer.train()
+    rows = list(trainer.history.rows)
     card, history = ModelCardCallback(trainer, limits=["It is small."]), HistoryCallback(trainer)
     trainer.add_callback(card)
     trainer.add_callback(history)
     seen = trainer.callback_handler.callbacks
     assert [one for one in seen if isinstance(one, ModelCardCallback | HistoryCallback)] == [card, history]
     assert trainer.model_card is card
-    assert trainer.model_card.facts().limits == ("It is small.",)
+    assert history.rows == rows
+    trainer.save_model()
+    assert "- It is small." in (tmp_path / "README.md").read_text()
 
 
 @pytest.mark.parametrize("name", ["gpt2", "t5", "vit", "whisper", "bert_mlm", "bert_tokens"])

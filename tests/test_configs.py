@@ -59,10 +59,3 @@ def test_values_can_be_overridden_on_the_command_line(tmp_path):
     assert (run.block_local["num_blocks"], run.max_length, run.training["learning_rate"]) == (5, 7, 1e-3)
     with pytest.raises(ValueError, match="is no override"):
         script("train").read_run(file, ["nonsense"])
-
-
-def test_model_cards_hold_no_placeholder():
-    for path in (ROOT / "model_cards").glob("*.md"):
-        text = path.read_text()
-        assert "More Information Needed" not in text
-        assert "TODO" not in text

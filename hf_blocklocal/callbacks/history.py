@@ -128,6 +128,11 @@ class HistoryCallback(TrainerCallback):
             for row in rows if state.is_world_process_zero else ():
                 self._add(row)
 
+    def take_over(self, other: HistoryCallback) -> None:
+        """Go on where another one stops, whose place this one takes."""
+        self.rows, self._file = other.rows, other._file
+        self._began, self._run, self._since_log = other._began, other._run, other._since_log
+
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write the rows so far into a folder; that of the run is kept up to date from then on."""
         if not self.rows:

@@ -120,6 +120,10 @@ class ModelCardCallback(TrainerCallback):
         """From now on a saved model has a card."""
         self.finished = True
 
+    def take_over(self, other: ModelCardCallback) -> None:
+        """Know what another one knows, whose place this one takes."""
+        self.finished, self._first_step = other.finished, other._first_step
+
     def write(self, folder: str | os.PathLike[str], facts: CardFacts | None = None) -> Path:
         """Write the card into a folder, of the facts that are known now unless others are given."""
         return write_card(self.facts() if facts is None else facts, folder, template=self.template)

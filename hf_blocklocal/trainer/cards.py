@@ -28,8 +28,8 @@ class WritesCards(Trainer):
     def add_callback(self, callback: type[TrainerCallback] | TrainerCallback) -> None:
         """Let another history or card take the place of the one that is there."""
         for kind in OBSERVERS:
-            if isinstance(callback, kind):
-                self.pop_callback(kind)
+            if isinstance(callback, kind) and (before := self.pop_callback(kind)) is not None:
+                callback.take_over(before)
         super().add_callback(callback)
 
     def _observer(self, kind: type[TrainerCallback]) -> Any:
