@@ -39,9 +39,7 @@ def table_of_blocks(
     return "\n".join(line.rstrip() for line in lines)
 
 
-def sizes(
-    parameters: Sequence[Sequence[nn.Parameter]], heads: Sequence[FeedbackHead], block: int
-) -> tuple[int, int]:
+def sizes(parameters: Sequence[Sequence[nn.Parameter]], heads: Sequence[FeedbackHead], block: int) -> tuple[int, int]:
     """Return the parameters of a block, and those of its head."""
     in_head = sum(parameter.numel() for parameter in heads[block].parameters()) if block < len(heads) else 0
     return sum(parameter.numel() for parameter in parameters[block]) - in_head, in_head

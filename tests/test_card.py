@@ -37,6 +37,7 @@ from hf_blocklocal.card import (
     write_card,
 )
 from hf_blocklocal.card.tables import NO_BASELINE
+from hf_blocklocal.describing import sizes, taught_by
 from hf_blocklocal.errors import CardError
 from hf_blocklocal.feedback import FEEDBACK
 from hf_blocklocal.history import BlockOfCut, Memory, StepTime
@@ -156,10 +157,11 @@ def test_the_table_of_the_cut_is_the_cut(run):
     trainer, folder = run
     header, _, *rows = lines_of(section((folder / "README.md").read_text(), "How it was cut"))
     assert [row[:2] for row in rows] == [["0", "0-0"], ["1", "1-1"], ["2", "2-3"]]
-    sizes = [trainer.assembly.sizes(block) for block in range(3)]
-    assert [int(row[2].replace(",", "")) for row in rows] == [size for size, _ in sizes]
-    assert [row[3] for row in rows] == [f"{head:,}" for _, head in sizes[:2]] + [""]
-    assert [row[5] for row in rows] == [trainer.assembly.taught_by(block) for block in range(3)]
+    cut = trainer.assembly
+    told = [sizes(cut.parameters, cut.heads, block) for block in range(3)]
+    assert [int(row[2].replace(",", "")) for row in rows] == [size for size, _ in told]
+    assert [row[3] for row in rows] == [f"{head:,}" for _, head in told[:2]] + [""]
+    assert [row[5] for row in rows] == [taught_by(cut.cut, cut.config, cut.heads, block) for block in range(3)]
     assert {row[6] for row in rows} == {"cpu"}
 
 

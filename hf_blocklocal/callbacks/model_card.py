@@ -26,8 +26,8 @@ from hf_blocklocal.card import (
     read_template,
     write_card,
 )
-from hf_blocklocal.history import Memory, StepTime
-from hf_blocklocal.portrait import blocks_of, citations_of, reaches_all_layers, share_of_global_steps
+from hf_blocklocal.history import CutRow, Memory, StepTime
+from hf_blocklocal.portrait import blocks_of, citations_of, devices_of, reaches_all_layers, share_of_global_steps
 from hf_blocklocal.provenance import commit, hardware, versions
 
 
@@ -138,6 +138,7 @@ class ModelCardCallback(TrainerCallback):
         share = share_of_global_steps(assembly, state.global_step, state.max_steps)
         kept = [seen.rows for seen in trainer.callback_handler.callbacks if isinstance(seen, HistoryCallback)]
         rows = kept[0] if kept else []
+        cuts = [row for row in rows if isinstance(row, CutRow)]
         facts = CardFacts(
             name=(hub_id or str(Path(args.output_dir).absolute())).rstrip("/").split("/")[-1],
             location=hub_id or ".",
@@ -148,7 +149,7 @@ class ModelCardCallback(TrainerCallback):
             has_processor=trainer.processing_class is not None,
             is_adapter=model is not trainer.model or getattr(model, "_hf_peft_config_loaded", False),
             parameters=sum(parameter.numel() for parameter in trainer.model.parameters()),
-            blocks=blocks_of(assembly),
+            blocks=cuts[-1].blocks if cuts else blocks_of(assembly, devices_of(assembly)),
             global_steps=share,
             overlap=assembly.config.overlap,
             whole_backward=share > 0 or reaches_all_layers(assembly),
