@@ -164,12 +164,17 @@ def peaks_so_far(devices: Iterable[torch.device]) -> dict[str, tuple[int, str]]:
     peaks = {}
     for device in dict.fromkeys(devices):
         if device.type == "cuda":
-            peaks[str(device)] = (torch.cuda.max_memory_allocated(device), "allocated")
+            peaks[name_of(device)] = (torch.cuda.max_memory_allocated(device), "allocated")
         elif device.type == "cpu" and sys.platform != "win32":
             usage = importlib.import_module("resource")  # there is none on Windows
             unit = 1 if sys.platform == "darwin" else 1024
-            peaks["cpu"] = (usage.getrusage(usage.RUSAGE_SELF).ru_maxrss * unit, "resident")
+            peaks[name_of(device)] = (usage.getrusage(usage.RUSAGE_SELF).ru_maxrss * unit, "resident")
     return peaks
+
+
+def name_of(device: torch.device) -> str:
+    """Return the name of a device; there is one main memory, whatever number launchers give it."""
+    return "cpu" if device.type == "cpu" else str(device)
 
 
 def _storage_key(tensor: Tensor) -> int:

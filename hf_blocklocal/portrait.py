@@ -9,6 +9,7 @@ from torch import nn
 from hf_blocklocal.assembly import Assembly
 from hf_blocklocal.describing import sizes, taught_by
 from hf_blocklocal.history import BlockOfCut
+from hf_blocklocal.memory import name_of
 from hf_blocklocal.overlap import CITATION as OVERLAP
 from hf_blocklocal.polish import is_global
 from hf_blocklocal.shortcut import borrowed_layers
@@ -46,7 +47,7 @@ def devices_of(assembly: Assembly, *, only: int | None = None) -> dict[int, str]
         only: The one block that is here; None if all are.
     """
     mine = enumerate(assembly.parameters) if only is None else [(only, assembly.parameters[only])]
-    return {block: str(parameters[0].device) if parameters else "nowhere" for block, parameters in mine}
+    return {block: name_of(parameters[0].device) if parameters else "nowhere" for block, parameters in mine}
 
 
 def citations_of(assembly: Assembly) -> tuple[str, ...]:

@@ -252,6 +252,24 @@ def test_no_backward_pass_through_the_whole_network_is_claimed_only_where_there_
     assert ("In 50.0% of the optimizer steps" in text) is ("polish" in config)
 
 
+def test_what_only_heads_are_scored_by_has_a_column_too():
+    metrics = {"eval_loss": 1.0, "eval_block_0_loss": 2.0, "eval_block_0_accuracy": 0.25}
+    header, _, *rows = lines_of(section(render(replace(FACTS, result=RunResult("x", metrics)), "."), "Results"))
+    assert header == ["", "loss", "accuracy"]
+    assert [row[1:] for row in rows] == [["2.000", "0.250"], ["1.000", ""]]
+
+
+def test_every_device_of_every_process_has_its_row():
+    peaks = tuple(Memory(8, f"cuda:{index}", (index + 1) << 30, "allocated", index) for index in (0, 1))
+    times = tuple(StepTime(8, 0.25 * (index + 1), 8, index, f"cuda:{index}") for index in (0, 1))
+    told = section(render(replace(FACTS, peaks=peaks, times=times), "."), "Memory and time")
+    assert lines_of(told)[2:] == [
+        ["0", "cuda:0", "1.00 GiB", "allocated", "0.25 s (mean of 8)"],
+        ["1", "cuda:1", "2.00 GiB", "allocated", "0.5 s (mean of 8)"],
+    ]
+    assert "Resident" not in told
+
+
 # ---- The baseline ----
 
 

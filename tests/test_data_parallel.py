@@ -62,6 +62,9 @@ def test_two_processes_equal_one_with_the_doubled_batch(name, settings, tmp_path
     for key, value in log_one["metrics"].items():
         if key.endswith(("loss", "accuracy")) and "block" in key:
             assert log_both["metrics"][key] == pytest.approx(value, abs=1e-5), key
+    rows = read_history(both / HISTORY_NAME)
+    assert [row.step for row in rows if isinstance(row, Training)] == [1, 2, 3, 4, 5]
+    assert {row.process for row in rows if isinstance(row, StepTime) and row.steps == 5} == {0, 1}
     for step_both, step_one in zip(log_both["history"][:5], log_one["history"][:5], strict=True):
         for key in step_one:
             assert step_both[key] == pytest.approx(step_one[key], rel=1e-4), key

@@ -26,7 +26,7 @@ from hf_blocklocal.history import (
     resumed,
     write_history,
 )
-from hf_blocklocal.memory import peaks_so_far
+from hf_blocklocal.memory import name_of, peaks_so_far
 from hf_blocklocal.portrait import blocks_of, devices_of
 
 
@@ -158,7 +158,7 @@ class HistoryCallback(TrainerCallback):
         ]
         if clock.steps:
             mean = clock.seconds / clock.steps
-            rows.insert(0, StepTime(step, mean, clock.steps, args.process_index, str(args.device)))
+            rows.insert(0, StepTime(step, mean, clock.steps, args.process_index, name_of(args.device)))
         return rows
 
 

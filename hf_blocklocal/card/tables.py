@@ -85,9 +85,10 @@ def cut_explained(facts: CardFacts) -> str:
 
 def results(facts: CardFacts) -> str | None:
     """Return the metrics of every head, of the model, and of the baseline; None where nothing was evaluated."""
-    names = list(facts.result.of_model())
-    if not names:
+    if not facts.result.of_model():
         return None
+    of_heads = [name for metrics in facts.result.of_blocks().values() for name in metrics]
+    names = list(dict.fromkeys([*facts.result.of_model(), *of_heads]))
     entries: list[tuple[str, Mapping[str, float], RunResult | None]] = [
         (f"head of block {block}", metrics, None) for block, metrics in facts.result.of_blocks().items()
     ]

@@ -56,6 +56,7 @@ def main() -> None:
             next(trainer.model.parameters()).add_(1.0)
     trainer.train()
     metrics = trainer.evaluate()
+    trainer.save_state()
     torch.save(trainer.assembly.module.state_dict(), Path(folder) / f"state-{trainer.args.process_index}.pt")
     if trainer.is_world_process_zero():
         log = {"world_size": trainer.args.world_size, "metrics": metrics, "history": trainer.state.log_history}
