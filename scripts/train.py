@@ -262,14 +262,30 @@ def main(argv: Sequence[str] | None = None) -> None:
         del trainer
         gc.collect()
         outcomes.append(train(run, None)[0])
+    unpushed = outcome.unpushed
     if accelerator.is_main_process:
         pictures = draw_pictures(folder)
         write_card(with_outcomes(facts, outcomes, folder), folder, template=run.card.get("template"))
+        if run.baseline and unpushed is None and run.training.get("push_to_hub"):
+            unpushed = push_again(run, folder, facts.location)
         show(run, cut, outcomes, folder)
         print(pictures)
     accelerator.end_training()
-    if outcome.unpushed is not None:
-        raise SystemExit(f"train.py: {outcome.unpushed}")
+    if unpushed is not None:
+        raise SystemExit(f"train.py: {unpushed}")
+
+
+def push_again(run: Run, folder: str, repo: str) -> str | None:
+    """Push the card that knows the baseline, and the figures; returns why that failed, for the end."""
+    from hf_blocklocal.errors import PushError
+    from hf_blocklocal.hub import Destination, push_run
+
+    destination = Destination(repo, run.training.get("hub_token"), revision=run.training.get("hub_revision"))
+    try:
+        push_run(folder, destination, message="The baseline beside it")
+    except PushError as error:
+        return str(error)
+    return None
 
 
 def with_outcomes(facts: CardFacts, outcomes: Sequence[Outcome], folder: str) -> CardFacts:

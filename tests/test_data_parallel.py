@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from hf_blocklocal.history import HISTORY_NAME, StepTime, Training, read_history
+
 
 SCRIPT = Path(__file__).parent / "launched" / "data_parallel.py"
 

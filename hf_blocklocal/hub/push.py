@@ -23,6 +23,7 @@ from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi, get_token
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import get_session, validate_repo_id
 
+from hf_blocklocal.card import name_location
 from hf_blocklocal.errors import NotPushableError, PushError
 from hf_blocklocal.hub.failures import FAILURES, cause_of
 from hf_blocklocal.hub.files import run_files
@@ -192,6 +193,8 @@ def push_run(
 ) -> CommitInfo:
     """Push the folder of a run: model, tokenizer, config, heads, card, history and figures, whatever is there.
 
+    The quick start of the card, where it says to load the model from its folder, is made to name the repository.
+
     Args:
         folder: Where `save_model()` has written.
         destination: Where to.
@@ -205,6 +208,8 @@ def push_run(
     patience = Patience() if patience is None else patience
     files = run_files(folder)
     check_destination(destination)
+    if "/" in destination.repo:
+        name_location(folder, destination.repo)
     logger.info("The run is saved in %s; pushing it to %s.", folder, destination.repo)
     given_up = threading.Event()
     attempts = _Attempts(Path(folder), destination, patience, deadline=time.monotonic() + patience.limit_for(files))

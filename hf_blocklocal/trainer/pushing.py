@@ -188,7 +188,7 @@ class PushesRuns(Trainer):
         return destination
 
     def _write_card(self, destination: Destination, **kwargs: Any) -> None:
-        """Write the card, with the tags of the model; it may ask the Hub for the licence of a base model."""
+        """Write the card, with the tags of the model; that of the parent may ask the Hub for the licence of a base."""
         tags = kwargs.pop("tags", None) or []
         tags = [tags] if isinstance(tags, str) else list(tags)
         tags += [tag for tag in getattr(self.model, "model_tags", None) or [] if tag not in tags]

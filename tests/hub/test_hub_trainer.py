@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from pathlib import Path
 
@@ -320,3 +321,40 @@ def test_heads_come_back_from_the_hub(hub, tmp_path):
     assert not equal(other.assembly.heads.state_dict(), trained.assembly.heads.state_dict())
     other.load_heads("ann/run")
     assert equal(other.assembly.heads.state_dict(), trained.assembly.heads.state_dict())
+
+
+def test_history_figures_and_a_card_that_names_the_repository_arrive_with_the_model(hub, tmp_path):
+    trainer = pushing(tmp_path / "run")
+    trainer.train()
+    trainer.push_to_hub()
+    files = hub.files("ann/run")
+    card = files["README.md"].decode()
+    assert 'pipeline("text-classification", model=name)' in card
+    assert 'name = "ann/run"\n' in card
+    assert "history.jsonl" in files
+    shown = set(re.findall(r"\]\((plots/.+?)\)", card))
+    assert shown >= {"plots/cut.png", "plots/loss.png", "plots/memory.png"}
+    assert shown <= files.keys()
+
+
+def test_a_folder_that_is_pushed_later_gets_the_name_of_its_repository_too(hub, tmp_path):
+    trainer = make(tmp_path / "run")
+    trainer.train()
+    trainer.save_model()
+    assert 'name = "."  # this folder' in (tmp_path / "run" / "README.md").read_text()
+    script("push").main([str(tmp_path / "run"), "ann/later"])
+    assert 'name = "ann/later"\n' in hub.files("ann/later")["README.md"].decode()
+
+
+def test_a_baseline_that_was_run_after_the_push_is_pushed_after_it(hub, tmp_path):
+    train = script("train")
+    trainer = pushing(tmp_path / "run")
+    trainer.train()
+    trainer.push_to_hub()
+    (tmp_path / "run" / "README.md").write_text("---\ntags: [x]\n---\nKnows its baseline.\n")
+    run = train.Run("m", "d", training={"push_to_hub": True})
+    assert train.push_again(run, str(tmp_path / "run"), "ann/run") is None
+    assert "Knows its baseline." in hub.files("ann/run")["README.md"].decode()
+    hub.fail("/commit/", 403)
+    (tmp_path / "run" / "README.md").write_text("---\ntags: [x]\n---\nOther.\n")
+    assert "python scripts/push.py" in train.push_again(run, str(tmp_path / "run"), "ann/run")
