@@ -11,7 +11,9 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 from huggingface_hub import ModelCard
+from peft import LoraConfig, get_peft_model
 from test_parity import arguments, examples
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Trainer, TrainerCallback, TrainingArguments
@@ -480,6 +482,27 @@ def test_drafts_that_nobody_has_written_are_replaced(tmp_path):
     assert "More information needed" in (tmp_path / "README.md").read_text()
     write_card(FACTS, tmp_path)
     assert "ore information needed" not in (tmp_path / "README.md").read_text()
+
+
+def test_adapters_are_said_to_be_adapters_and_their_base_is_no_folder_of_this_machine(tmp_path):
+    base = tmp_path / "base"
+    BERT.build().save_pretrained(base)
+    model = type(BERT.build()).from_pretrained(base)
+    model = get_peft_model(model, LoraConfig(task_type="SEQ_CLS", target_modules=["query"]))
+    trainer = trainer_in(tmp_path / "run", model=model)
+    trainer.train()
+    for _ in range(2):  # PEFT writes into the card before us, each time
+        trainer.save_model()
+    text, data = (tmp_path / "run" / "README.md").read_text(), metadata(tmp_path / "run" / "README.md")
+    assert data["library_name"] == "peft"
+    assert "Only adapters are saved: loading them needs PEFT and the base model." in text
+    assert str(tmp_path) not in text
+    assert not PLACEHOLDER.search(text)
+    code, names = re.search(r"```python\n(.*?)```", text, flags=re.DOTALL)[1], {}
+    exec(compile(code.replace('"."', repr(str(tmp_path / "run"))), "card", "exec"), names)
+    trained = [weight for name, weight in model.named_parameters() if "lora_B" in name]
+    loaded = [weight for name, weight in names["model"].named_parameters() if "lora_B" in name]
+    assert all(torch.equal(one, other) for one, other in zip(trained, loaded, strict=True))
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
+from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
 
@@ -61,8 +63,17 @@ def merged(kept: ModelCardData, new: ModelCardData, *, ours: bool) -> ModelCardD
         ours: Whether what stands there comes from an earlier run, so that measured values are replaced. What a user
             may have written is kept: licence, language and everything that the run says nothing about.
     """
-    old, fresh = kept.to_dict(), new.to_dict()
+    old, fresh = _without_folders(kept.to_dict()), new.to_dict()
     measured = ("model-index", "metrics", "datasets", "base_model", "library_name", "pipeline_tag")
     result = {**fresh, **old, **({name: fresh[name] for name in measured if name in fresh} if ours else {})}
-    result["tags"] = list(dict.fromkeys([*old.get("tags", []), *fresh["tags"]]))
+    result["tags"] = list(dict.fromkeys([*(old.get("tags") or []), *fresh["tags"]]))
     return ModelCardData(**result)
+
+
+def _without_folders(values: dict[str, Any]) -> dict[str, Any]:
+    """Drop what names a folder of this machine as the base model, as PEFT does in every card it saves."""
+    base = values.get("base_model")
+    if not isinstance(base, str) or not Path(base).is_dir():
+        return values
+    tags = [tag for tag in values.get("tags") or [] if not tag.endswith(f":{base}")]
+    return {name: value for name, value in values.items() if name != "base_model"} | {"tags": tags}
