@@ -109,10 +109,10 @@ class HistoryCallback(TrainerCallback):
         if not state.is_world_process_zero or not logs:
             return
         row = logged(logs, state.global_step)
-        self._add(row)
+        self.add(row)
         if isinstance(row, Training) and self._since_log.steps:
             for seen in self._of_this_process(self._since_log):
-                self._add(seen)
+                self.add(seen)
             self._since_log = Clock()
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -126,7 +126,7 @@ class HistoryCallback(TrainerCallback):
         """Let every process say what it has taken in all."""
         for rows in gather_from_processes(self._of_this_process(self._run), args.world_size):
             for row in rows if state.is_world_process_zero else ():
-                self._add(row)
+                self.add(row)
 
     def take_over(self, other: HistoryCallback) -> None:
         """Go on where another one stops, whose place this one takes."""
@@ -142,7 +142,8 @@ class HistoryCallback(TrainerCallback):
         if path.absolute() == (Path(self.trainer.args.output_dir) / HISTORY_NAME).absolute():
             self._file = path
 
-    def _add(self, row: Row) -> None:
+    def add(self, row: Row) -> None:
+        """Keep a row that somebody else has made, a stretch of a timeline for example; in the first process only."""
         self.rows.append(row)
         if self._file is not None:
             append_row(self._file, row)
