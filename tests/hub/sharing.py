@@ -23,7 +23,9 @@ def talk_to(monkeypatch, url, cache, *, token="hf_write"):
     """Point the client, whose constants were read at import, to a Hub. Its functions stay as they are."""
     monkeypatch.setattr(client, "ENDPOINT", url)
     monkeypatch.setattr(client, "HUGGINGFACE_CO_URL_TEMPLATE", url + "/{repo_id}/resolve/{revision}/{filename}")
-    monkeypatch.setattr(transformers.utils.hub, "_hf_api", None)  # would go on with the endpoint of its first use
+    monkeypatch.setattr(
+        transformers.utils.hub, "_hf_api", None, raising=False
+    )  # would go on with the endpoint of its first use
     monkeypatch.setattr(client, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(client, "HF_HUB_DISABLE_XET", True)
     monkeypatch.setattr(client, "HF_HUB_DISABLE_TELEMETRY", True)
