@@ -10,6 +10,7 @@ import atexit
 import logging
 import os
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -66,6 +67,11 @@ class Chain:
     _failed: bool = field(default=False, repr=False)
 
     @property
+    def name(self) -> str:
+        """What this process is called in messages."""
+        return f"block {self.block} (rank {self.first_rank + self.block})"
+
+    @property
     def first_rank(self) -> int:
         """Rank of the process that holds this chain's first block."""
         return self.replica * self.num_blocks
@@ -118,6 +124,26 @@ class Chain:
         self._outboxes += outboxes.values()
         self._inboxes += inboxes.values()
         return outboxes, inboxes
+
+    def look_around(self) -> None:
+        """Raise if a process that this one exchanges messages with has failed or is gone.
+
+        Raises:
+            BlockPeerError: If one is.
+        """
+        for box in [*self._outboxes, *self._inboxes]:
+            box.check()
+
+    def look_around_for(self, seconds: float) -> None:
+        """Look around for a while, as long as nothing is found.
+
+        Raises:
+            BlockPeerError: If a process that this one exchanges messages with has failed or is gone.
+        """
+        until = time.monotonic() + seconds
+        while time.monotonic() < until:
+            self.look_around()
+            time.sleep(0.1)
 
     def fail(self, error: BaseException) -> None:
         """Leave word of an error that ends this process."""

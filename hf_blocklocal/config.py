@@ -75,6 +75,9 @@ class BlockLocalConfig:
     peer_timeout: float = _help(
         25.0, "Seconds without a sign of life after which a process that holds another block counts as lost."
     )
+    save_on_exit: bool = _help(
+        False, "Whether block-parallel training that is told to end, by Ctrl-C or SIGTERM, writes a checkpoint first."
+    )
     layers: tuple[str, ...] | None = _help(
         None, "Dotted names of the lists of layers to cut, for models whose structure does not show them."
     )
@@ -216,7 +219,7 @@ class BlockLocalConfig:
                 raise ConfigError(f"{name} must be a whole number of at least {least}, got {value!r}.")
 
     def _check_types(self) -> None:
-        for name in ("step_per_block", "evaluate_blocks", "head_lens"):
+        for name in ("step_per_block", "evaluate_blocks", "head_lens", "save_on_exit"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name} must be true or false, got {getattr(self, name)!r}.")
         for name, kind, what in (("boundaries", int, "whole numbers"), ("layers", str, "dotted names")):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch.distributed as dist
 
@@ -45,6 +45,21 @@ class Peers:
             said = {"rank": self._rank, "step": self.step, "error": f"{type(error).__name__}: {error}"[:2000]}
             self._store.set(f"failed/{self._rank}", json.dumps(said))
 
+    def agree_to_stop(self, step: int, *, decides: bool, waiting: Callable[[], None]) -> int:
+        """Return the step after which all processes stop.
+
+        Args:
+            step: Where this process could stop.
+            decides: Whether what it says counts.
+            waiting: Called while another process has not decided yet.
+        """
+        if decides and not self._store.check(["stop"]):
+            self._store.set("stop", str(step))
+        while not self._store.check(["stop"]):
+            waiting()
+            time.sleep(0.1)
+        return int(self._store.get("stop"))
+
     def stop(self) -> None:
         """Say no more."""
         self._stopped.set()
@@ -70,10 +85,10 @@ class Peers:
                 break
             time.sleep(0.1)
         if broken is not None:
-            self._give_up(peer, f"is gone, {self._where(peer)} ({str(broken).splitlines()[0][:200]})")
+            self._give_up(peer, f"is gone; {self._where(peer)} ({str(broken).splitlines()[0][:200]})")
         silent = self._silent_for(peer)
         if silent > self._timeout:
-            self._give_up(peer, f"has shown no sign of life for {silent:.0f} s, {self._where(peer)}")
+            self._give_up(peer, f"has shown no sign of life for {silent:.0f} s; {self._where(peer)}")
 
     def _give_up(self, rank: int, what: str) -> None:
         raise BlockPeerError(
@@ -83,7 +98,7 @@ class Peers:
 
     def _where(self, rank: int) -> str:
         sign = self._sign(rank)
-        return f"after step {sign.decode().split()[0]}" if sign else "before its first step"
+        return f"last heard of at step {sign.decode().split()[0]}" if sign else "it was never heard of"
 
     def _sign(self, rank: int) -> bytes:
         return self._store.get(f"alive/{rank}") if self._store.check([f"alive/{rank}"]) else b""

@@ -66,14 +66,17 @@ class Message:
 class _Worker:
     """A thread at one end of a link, and the queue between it and the process."""
 
-    def __init__(self, link: Link, run: Callable[[], None], name: str) -> None:
+    def __init__(self, link: Link, watch: Callable[[BaseException | None], None], name: str) -> None:
         self.link = link
+        self._watch = watch
         self.waited = 0.0
         self._queue: queue.Queue[Any] = queue.Queue(DEPTH)
         self._error: BaseException | None = None
-        self._run = run
         self._thread = threading.Thread(target=self._work, name=f"{name} rank {link.peer}", daemon=True)
         self._thread.start()
+
+    def _run(self) -> None:
+        raise NotImplementedError
 
     def _work(self) -> None:
         try:
@@ -82,6 +85,10 @@ class _Worker:
             self._run()
         except BaseException as error:  # noqa: BLE001 - whatever it is, the process that computes must hear of it
             self._error = error
+
+    def check(self) -> None:
+        """Raise if the thread has found that the other side is gone."""
+        self._watch(self._error)
 
     @contextmanager
     def _waiting(self) -> Iterator[None]:
@@ -107,8 +114,7 @@ class Outbox(_Worker):
     """
 
     def __init__(self, link: Link, watch: Callable[[BaseException | None], None]) -> None:
-        self._watch = watch
-        super().__init__(link, self._send_all, "send to")
+        super().__init__(link, watch, "send to")
 
     def send(self, facts: Mapping[str, Any], value: Any) -> None:
         """Send a message, and return at once unless `DEPTH` others are waiting.
@@ -134,7 +140,7 @@ class Outbox(_Worker):
                 except queue.Full:
                     self._watch(None)
 
-    def _send_all(self) -> None:
+    def _run(self) -> None:
         while True:
             header, tensors = self._queue.get()
             dist.send(header, self.link.peer, group=self.link.headers)
@@ -153,9 +159,8 @@ class Inbox(_Worker):
     """
 
     def __init__(self, link: Link, watch: Callable[[BaseException | None], None]) -> None:
-        self._watch = watch
         self._closing = threading.Event()
-        super().__init__(link, self._receive_all, "receive from")
+        super().__init__(link, watch, "receive from")
 
     def take(self) -> Message:
         """Return the next message, waiting for it if need be."""
@@ -166,7 +171,7 @@ class Inbox(_Worker):
                 except queue.Empty:
                     self._watch(self._error)
 
-    def _receive_all(self) -> None:
+    def _run(self) -> None:
         header = torch.empty(HEADER_BYTES, dtype=torch.uint8)
         while True:
             dist.recv(header, self.link.peer, group=self.link.headers)

@@ -39,7 +39,7 @@ FLOORS = [
     ],
     ["bootstrap", "defaults", "tying", "families", "polish", "sampling", "scaling", "stream", "updates"],
     ["chain", "losses"],
-    ["exchange", "feedback", "gathering"],
+    ["exchange", "feedback", "gathering", "leaving"],
     ["blocks", "card", "meters", "plots", "probe", "randomness", "settings"],
     ["checkpoint", "inlets", "trace"],
     ["hub", "needs", "replay", "shortcut"],

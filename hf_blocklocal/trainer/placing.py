@@ -19,7 +19,9 @@ from transformers.trainer_pt_utils import nested_detach
 from hf_blocklocal.blocks import EndOfBlock
 from hf_blocklocal.chain import Chain, ReplicaMesh, form_chains
 from hf_blocklocal.data_parallel import sum_over_processes
+from hf_blocklocal.errors import BlockPeerError
 from hf_blocklocal.gathering import gather_samples, gather_to_first, share_from_last, sum_over_blocks
+from hf_blocklocal.leaving import NOTICING, Leaving
 from hf_blocklocal.settings import check_block_parallel, check_optimizer_not_given
 from hf_blocklocal.shards import OptimizerShard, plain_values_in, state_of, tensors_in
 from hf_blocklocal.stationing import Stationing
@@ -31,6 +33,7 @@ class PlacesBlocks(Trainer):
     _chain: Chain | None = None
     _stationing: Stationing | None = None
     _shard: OptimizerShard | None = None
+    _leaving: Leaving | None = None
 
     # ---- Setting up ----
 
@@ -43,6 +46,7 @@ class PlacesBlocks(Trainer):
         self._chain = form_chains(
             self.block_local.num_blocks, self.args.device, peer_timeout=self.block_local.peer_timeout
         )
+        self._leaving = Leaving(self._chain, save=self.block_local.save_on_exit)
         self.accelerator.dataloader_config.dispatch_batches = False
         self.accelerator.state.device_mesh = ReplicaMesh(self._chain)
 
@@ -87,16 +91,22 @@ class PlacesBlocks(Trainer):
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Tell the other processes why, if this one fails."""
-        with self._telling_others():
+        with self._leaving or nullcontext(), self._telling_others():
             return super().train(*args, **kwargs)
 
     @contextmanager
     def _telling_others(self) -> Iterator[None]:
+        if self._chain is None:
+            yield
+            return
         try:
             yield
         except BaseException as error:
-            if self._chain is not None:
-                self._chain.fail(error)
+            if "Connection" in str(error) and not isinstance(error, BlockPeerError):
+                self._chain.look_around_for(NOTICING)  # raises what is behind the broken connection
+            self._chain.fail(error)
+            if hasattr(error, "add_note"):
+                error.add_note(f"In {self._chain.name}, at step {self.state.global_step + 1}.")
             raise
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Any:
@@ -152,6 +162,12 @@ class PlacesBlocks(Trainer):
     def _of_run(self) -> dict[str, float]:
         """Return the mean loss of the last block over the steps of the run."""
         return {"train_loss": self._told / max(self.state.global_step - self._initial_global_step, 1)}
+
+    def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
+        """Save and stop, if this process has been told to end."""
+        if self._leaving is not None and self._leaving.due(self.state.global_step):
+            self.control.should_save = self.control.should_training_stop = True
+        super()._maybe_log_save_evaluate(*args, **kwargs)
 
     # ---- Evaluation ----
 

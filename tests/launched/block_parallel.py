@@ -85,7 +85,12 @@ def run(folder, case):
     for name, act in MISHAPS.items():
         if name in case and case[name][0] == args.process_index:
             trainer.add_callback(Mishap(case[name][1], act))
+    if case.get("told_to_end"):
+        # As the launcher does when it is told so itself: it passes SIGTERM on to every process.
+        trainer.add_callback(Mishap(case["told_to_end"], lambda: os.kill(os.getpid(), signal.SIGTERM)))
     trainer.train(resume_from_checkpoint=case.get("resume"))
+    if trainer.state.global_step < trainer.state.max_steps:
+        return  # it has been told to end
     predicted = trainer.predict(rows[:11], metric_key_prefix="test")
     trainer.save_model(str(folder / "final"))
     predictions = predicted.predictions[0] if isinstance(predicted.predictions, tuple) else predicted.predictions

@@ -1,0 +1,61 @@
+"""What a process does when it is told to end: say who is missing, or stop where all processes can stop together."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from collections.abc import Callable
+from types import FrameType
+from typing import Any
+
+from hf_blocklocal.chain import Chain
+from hf_blocklocal.errors import BlockPeerError
+
+
+# A launcher tells all processes to end as soon as one has died, often before the others have noticed.
+NOTICING = 3.0
+# Chains of a run are within one step of each other, and lower blocks are ahead of upper ones.
+_MARGIN = 2
+
+
+class Leaving:
+    """Takes SIGTERM for a run of block-parallel training, and gives it back.
+
+    Args:
+        chain: The place of this process.
+        save: Whether to stop at a step that all processes agree on, so that a checkpoint can be written there.
+    """
+
+    def __init__(self, chain: Chain, *, save: bool) -> None:
+        self._chain, self._save = chain, save
+        self._told = False
+        self._before: Callable[..., Any] | int | None = None
+
+    def __enter__(self) -> Leaving:
+        self._before = signal.signal(signal.SIGTERM, self._hear)
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        signal.signal(signal.SIGTERM, self._before)
+
+    def due(self, step: int) -> bool:
+        """Tell whether the run is to end after an optimizer step.
+
+        Args:
+            step: Optimizer steps taken so far.
+        """
+        return self._told and step >= self._chain.peers.agree_to_stop(
+            step + _MARGIN, decides=self._chain.writes, waiting=self._chain.look_around
+        )
+
+    def _hear(self, sign: int, frame: FrameType | None) -> None:
+        try:
+            self._chain.look_around_for(NOTICING)
+        except BlockPeerError as error:
+            sys.stderr.write(f"{type(error).__name__}: {error}\n")
+        else:
+            if self._save and not self._told:
+                self._told = True
+                return
+        signal.signal(sign, self._before)
+        signal.raise_signal(sign)
