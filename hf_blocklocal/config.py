@@ -6,14 +6,14 @@ Plain values that go to JSON and back. Nothing here touches a model; what a valu
 from __future__ import annotations
 
 import json
-import math
 import os
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal, get_args, get_type_hints
+from typing import Any, Literal
 
 from hf_blocklocal.combinations import check_combinations
 from hf_blocklocal.errors import ConfigError
+from hf_blocklocal.values import check_types, check_values
 
 
 CONFIG_NAME = "block_local_config.json"
@@ -187,82 +187,14 @@ class BlockLocalConfig:
         for name in ("boundaries", "layers"):
             if isinstance(getattr(self, name), list):
                 object.__setattr__(self, name, tuple(getattr(self, name)))
-        self._check_types()
+        check_types(self)
         if self.num_blocks is None:
             object.__setattr__(
                 self, "num_blocks", DEFAULT_BLOCKS if self.boundaries is None else len(self.boundaries) + 1
             )
-        self._check_choices()
-        self._check_numbers()
-        self._check_weights()
-        self._check_shares()
+        check_values(self)
         check_combinations(self)
         self._check_cut()
-
-    def _check_choices(self) -> None:
-        for name, hint in get_type_hints(type(self)).items():
-            choices = get_args(hint)
-            value = getattr(self, name)
-            if choices and all(isinstance(choice, str) for choice in choices) and value not in choices:
-                raise ConfigError(f"{name}={value!r} is not known. Choose one of {list(choices)}.")
-
-    def _check_numbers(self) -> None:
-        positive = dict.fromkeys(("num_blocks", "latent_dim", "negatives", "global_every", "block_parallel_size"), 1)
-        others = dict.fromkeys(
-            ("head_layers", "head_refresh_steps", "head_refresh_lag", "overlap", "head_warmup_steps"), 0
-        )
-        for name, least in {**positive, **others}.items():
-            value = getattr(self, name)
-            if value is None and name in ("negatives", "global_every", "head_layers"):
-                continue
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise ConfigError(f"{name} must be a whole number of at least {least}, got {value!r}.")
-
-    def _check_types(self) -> None:
-        for name in ("step_per_block", "evaluate_blocks", "head_lens", "save_on_exit"):
-            if not isinstance(getattr(self, name), bool):
-                raise ConfigError(f"{name} must be true or false, got {getattr(self, name)!r}.")
-        for name, kind, what in (("boundaries", int, "whole numbers"), ("layers", str, "dotted names")):
-            value = getattr(self, name)
-            fits = isinstance(value, tuple) and all(type(item) is kind for item in value)
-            if value is not None and (not fits or (name == "layers" and not value)):
-                raise ConfigError(f"{name} must be a list of {what}, or left out; got {value!r}.")
-
-    def _check_weights(self) -> None:
-        for name in ("anchor", "denoising", "reconstruction"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
-                raise ConfigError(f"{name} must be a number of at least 0, got {value!r}.")
-            object.__setattr__(self, name, float(value))
-
-    def _check_shares(self) -> None:
-        timeout = self.peer_timeout
-        if isinstance(timeout, bool) or not isinstance(timeout, int | float) or not 3 <= timeout < math.inf:
-            raise ConfigError(f"peer_timeout must be a number of seconds of at least 3, got {timeout!r}.")
-        object.__setattr__(self, "peer_timeout", float(timeout))
-        for name in ("block_lr_decay",):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= 1:
-                raise ConfigError(f"{name} must be a number above 0 and at most 1, got {value!r}.")
-            object.__setattr__(self, name, float(value))
-        for name in ("polish", "sim", "bootstrap"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
-                raise ConfigError(f"{name} must be a share between 0 and 1, got {value!r}.")
-            object.__setattr__(self, name, float(value))
-        decay = self.head_refresh_decay
-        if isinstance(decay, bool) or not isinstance(decay, int | float) or not 0 <= decay < 1:
-            raise ConfigError(f"head_refresh_decay must be a number of at least 0 and below 1, got {decay!r}.")
-        object.__setattr__(self, "head_refresh_decay", float(decay))
-        rate = self.feedback_learning_rate
-        if rate is not None:
-            if isinstance(rate, bool) or not isinstance(rate, int | float) or not 0 < rate < math.inf:
-                raise ConfigError(f"feedback_learning_rate must be a number above 0, or left out; got {rate!r}.")
-            object.__setattr__(self, "feedback_learning_rate", float(rate))
-        margin = self.satisfied_at
-        is_number = isinstance(margin, int | float) and not isinstance(margin, bool)
-        if margin is not None and not (is_number and 0 < margin < 1):
-            raise ConfigError(f"satisfied_at must be a probability between 0 and 1, or left out; got {margin!r}.")
 
     @property
     def borrows(self) -> bool:

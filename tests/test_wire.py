@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from hf_blocklocal.errors import UnsupportedSettingError
-from hf_blocklocal.wire import TensorForm, decoded, encoded, put_together, take_apart
+from hf_blocklocal.parallel.wire import TensorForm, decoded, encoded, put_together, take_apart
 
 
 def test_nested_values_come_together_again():

@@ -17,14 +17,14 @@ from transformers.trainer import OPTIMIZER_NAME
 from transformers.trainer_pt_utils import nested_detach
 
 from hf_blocklocal.blocks import EndOfBlock
-from hf_blocklocal.chain import Chain, ReplicaMesh, form_chains
 from hf_blocklocal.data_parallel import sum_over_processes
 from hf_blocklocal.errors import BlockPeerError
-from hf_blocklocal.gathering import gather_samples, gather_to_first, share_from_last, sum_over_blocks
-from hf_blocklocal.leaving import NOTICING, Leaving
+from hf_blocklocal.parallel.chain import Chain, ReplicaMesh, form_chains
+from hf_blocklocal.parallel.gathering import gather_samples, gather_to_first, share_from_last, sum_over_blocks
+from hf_blocklocal.parallel.leaving import NOTICING, Leaving
+from hf_blocklocal.parallel.shards import OptimizerShard, plain_values_in, state_of, tensors_in
+from hf_blocklocal.parallel.stationing import Stationing
 from hf_blocklocal.settings import check_block_parallel, check_optimizer_not_given
-from hf_blocklocal.shards import OptimizerShard, plain_values_in, state_of, tensors_in
-from hf_blocklocal.stationing import Stationing
 
 
 class PlacesBlocks(Trainer):

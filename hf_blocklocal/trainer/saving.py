@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from hf_blocklocal.anchor import Anchor
 from hf_blocklocal.checkpoint import load_heads_, save_heads
 from hf_blocklocal.copies import Copies
-from hf_blocklocal.gathering import gather_to_first
 from hf_blocklocal.hub import fetch
+from hf_blocklocal.parallel.gathering import gather_to_first
 from hf_blocklocal.trainer.placing import PlacesBlocks
 
 

@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from hf_blocklocal.wire import TensorForm, decoded, encoded, put_together, take_apart
+from hf_blocklocal.parallel.wire import TensorForm, decoded, encoded, put_together, take_apart
 
 
 HEADER_BYTES = 4096

@@ -21,8 +21,8 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
 from hf_blocklocal.errors import UnsupportedSettingError
-from hf_blocklocal.peers import Peers
-from hf_blocklocal.stream import Inbox, Link, Outbox
+from hf_blocklocal.parallel.peers import Peers
+from hf_blocklocal.parallel.stream import Inbox, Link, Outbox
 
 
 logger = logging.getLogger(__name__)

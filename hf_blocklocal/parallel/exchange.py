@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from hf_blocklocal.chain import Chain
+from hf_blocklocal.parallel.chain import Chain
 
 
 class WeightExchange:

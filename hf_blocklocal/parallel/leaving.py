@@ -8,8 +8,8 @@ from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
-from hf_blocklocal.chain import Chain
 from hf_blocklocal.errors import BlockPeerError
+from hf_blocklocal.parallel.chain import Chain
 
 
 # A launcher tells all processes to end as soon as one has died, often before the others have noticed.

@@ -9,9 +9,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from hf_blocklocal.chain import Chain
-from hf_blocklocal.stream import HEADER_BYTES
-from hf_blocklocal.wire import TensorForm, decoded, encoded, put_together, take_apart
+from hf_blocklocal.parallel.chain import Chain
+from hf_blocklocal.parallel.stream import HEADER_BYTES
+from hf_blocklocal.parallel.wire import TensorForm, decoded, encoded, put_together, take_apart
 
 
 def gather_to_first(chain: Chain, tensors: Mapping[str, Tensor], facts: Any = None) -> tuple[dict[str, Tensor], list]:

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from hf_blocklocal.assembly import Assembly
-from hf_blocklocal.chain import Chain
 from hf_blocklocal.errors import BatchMismatchError
-from hf_blocklocal.exchange import WeightExchange
-from hf_blocklocal.gathering import gather_to_first
-from hf_blocklocal.needs import trace_needs
-from hf_blocklocal.stage import Stage, let_go_, move_, names_of, unneeded_here
+from hf_blocklocal.parallel.chain import Chain
+from hf_blocklocal.parallel.exchange import WeightExchange
+from hf_blocklocal.parallel.gathering import gather_to_first
+from hf_blocklocal.parallel.needs import trace_needs
+from hf_blocklocal.parallel.stage import Stage, let_go_, move_, names_of, unneeded_here
 
 
 class Stationing:
