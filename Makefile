@@ -36,3 +36,4 @@ benchmarks: setup
 	OMP_NUM_THREADS=1 $(BIN)/python scripts/benchmarks/memory.py
 	OMP_NUM_THREADS=1 $(BIN)/python scripts/benchmarks/step_time.py
 	OMP_NUM_THREADS=1 $(BIN)/python scripts/benchmarks/feedback_share.py
+	OMP_NUM_THREADS=1 $(BIN)/python scripts/benchmarks/scale.py

@@ -52,6 +52,8 @@ def sections() -> dict[str, str]:
         "quickstart": "\n".join(quickstart(load("quickstart-cpu"))) + "\n",
         "benchmarks": "\n".join(benchmarks) + "\n",
     }
+    if (HERE / "results" / "scale-cpu.json").is_file():
+        result["scale"] = "\n".join(scale(load("scale-cpu"))) + "\n"
     if (HERE / "results" / "learning-cpu.json").is_file():
         result["learning"] = "\n".join(learning(load("learning-cpu"))) + "\n"
     return result
@@ -144,6 +146,67 @@ def step_time(report: dict[str, Any]) -> list[str]:
             missed = " !" if row["target_met"] is False else ""
             lines.append(f"| {row['model']} | {row['method']} | {spread}{missed} |")
     return lines
+
+
+PIPELINES = ("1F1B", "interleaved", "ZB-H1")
+
+
+def scale(report: dict[str, Any]) -> list[str]:
+    """Simulated efficiency by ranks, micro-batches and link; where a pipeline is ahead, it is marked."""
+    settings = report["settings"]
+    lines = [
+        f"**Simulated** by `{report['command']}`: time of the model's own passes as a share of the ranks'",
+        "time. Forward pass, input gradient and weight gradient take equally long, an optimizer step takes",
+        f"{settings['optimizer']} of a forward pass, and a block-local head costs {settings['head']:.0%} of its",
+        "block. The best is bold. GPipe is as 1F1B here; an interleaved schedule needs a multiple of K micro-batches,",
+        "ZB-H1 at least K.",
+        "",
+        "![efficiency by ranks](scripts/benchmarks/results/scale.png)",
+        "",
+        *_efficiencies([row for row in report["ranks"] if row["K"] in (2, 4, 8, 64) and row["m"] != 4], ()),
+        "",
+        f"The same with the messages of a {settings['layers']}-layer model of width 4096, a sequence of 2048 each:",
+        "",
+        *_efficiencies([row for row in report["links"] if row["K"] < 64], ("link",)),
+        "",
+        "Eight ranks whose pace varies (standard deviation of the logarithm), by messages that may wait between two:",
+        "",
+        *_table(report["jitter"]),
+        "",
+        "A collective of all ranks, such as a global gradient norm, puts the bubble back:",
+        "",
+        *_table(report["barriers"]),
+    ]
+    for point in report.get("measured", ()):
+        lines.append(
+            f"\nMeasured beside: {point['schedule']}, K = {point['K']}, m = {point['m']}: simulated "
+            f"{point['deviation']:+.1%} of what was measured."
+        )
+    return lines
+
+
+def _efficiencies(rows: Sequence[dict[str, Any]], first: tuple[str, ...]) -> list[str]:
+    shown = (*PIPELINES, "block-local")
+    lines = [f"| {' | '.join((*first, 'K', 'm', *shown))} |", f"|{'---|' * (len(first) + 2 + len(shown))}"]
+    for row in rows:
+        best = max(row[each] for each in shown if row[each] is not None)
+        cells = [_cell(row[each], bold=row[each] == best) for each in shown]
+        lines.append(f"| {' | '.join([*(row[each] for each in first), str(row['K']), str(row['m']), *cells])} |")
+    return lines
+
+
+def _table(rows: Sequence[dict[str, Any]]) -> list[str]:
+    names = list(rows[0])
+    lines = [f"| {' | '.join(names)} |", f"|{'---|' * len(names)}"]
+    return lines + [
+        f"| {' | '.join([str(row[names[0]]), *(_cell(row[name]) for name in names[1:])])} |" for row in rows
+    ]
+
+
+def _cell(value: float | None, *, bold: bool = False) -> str:
+    if value is None:
+        return ""
+    return f"**{value:.2f}**" if bold else f"{value:.2f}"
 
 
 def share() -> list[str]:
