@@ -53,6 +53,8 @@ def build_shortcut(
     cut: Cut,
     inputs: Mapping[str, Any],
     reach: Sequence[set[str]],
+    *,
+    confines: bool | None = None,
 ) -> Shortcut:
     """Return the way from the end of each block to the model's logits.
 
@@ -63,6 +65,8 @@ def build_shortcut(
         cut: Where it is cut.
         inputs: That batch.
         reach: For each block, the names of the parameters that its own layers use.
+        confines: Whether a language-model head may be confined to some tokens. Without, two runs find out, which takes
+            tensors that hold values.
 
     Raises:
         UnsupportedSettingError: If the model cannot lend what is asked for.
@@ -77,8 +81,9 @@ def build_shortcut(
             f"Block 0 ends in the encoder of {type(model).__name__}, and with head_layers=0 no decoder layer reads "
             "what a lens makes of it. Use head_lens with head_layers=1 or more, or none of the two."
         )
-    with evaluation_mode(model):
-        confines = trace.task.target == "vocabulary" and can_be_confined(model, inputs)
+    if confines is None:
+        with evaluation_mode(model):
+            confines = trace.task.target == "vocabulary" and can_be_confined(model, inputs)
     if trace.stacks[-1] > 0 and config.block_parallel_size > 1:
         raise UnsupportedSettingError(
             f"head_layers={config.head_layers} and block_parallel_size={config.block_parallel_size} exclude each "

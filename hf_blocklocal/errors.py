@@ -19,6 +19,10 @@ class CutError(BlockLocalError, ValueError):
     """The layers cannot be cut as asked. Raised before training; choose other `num_blocks` or `boundaries`."""
 
 
+class PlacementError(BlockLocalError, ValueError):
+    """Blocks do not fit on their devices. Raised before anything is loaded; the text says what would fit."""
+
+
 class LayersNotFoundError(BlockLocalError, ValueError):
     """No stack of layers was found, or the named one is none. Raised before training; pass `layers` by hand."""
 

@@ -5,9 +5,9 @@ Everything here is arithmetic on layer indices: no tensors, no devices, no Huggi
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import accumulate, pairwise
 
 from hf_blocklocal.errors import CutError
 
@@ -84,20 +84,34 @@ def spans_by_cost(costs: Sequence[float], num_blocks: int) -> list[Span]:
     Raises:
         CutError: If a block would be left without a layer.
     """
-    num_layers = len(costs)
+    total = [0.0, *accumulate(costs)]
+    return cheapest_spans(len(costs), num_blocks, lambda _block, span: total[span.stop] - total[span.start])
+
+
+def cheapest_spans(num_layers: int, num_blocks: int, cost: Callable[[int, Span], float]) -> list[Span]:
+    """Cut a stack so that the costliest block is as cheap as possible, where a cost is of a block as a whole.
+
+    Args:
+        num_layers: Layers in the stack.
+        num_blocks: Blocks to cut it into.
+        cost: Cost of the block of that number if it has these layers; infinite where it cannot have them.
+
+    Returns:
+        One span per block, in forward order, without gap or overlap; the same for the same costs.
+
+    Raises:
+        CutError: If a block would be left without a layer.
+    """
     _check_enough_layers(num_layers, num_blocks)
-    total = [0.0]
-    for cost in costs:
-        total.append(total[-1] + cost)
     # best[stop] = (costliest block, edges) over all cuts of the first `stop` layers into the blocks so far
-    best = {stop: (total[stop], [0, stop]) for stop in range(1, num_layers + 1)}
-    for blocks in range(2, num_blocks + 1):
+    best = {stop: (cost(0, Span(0, stop)), [0, stop]) for stop in range(1, num_layers + 1)}
+    for block in range(1, num_blocks):
         best = {
             stop: min(
-                (max(best[start][0], total[stop] - total[start]), [*best[start][1], stop])
-                for start in range(blocks - 1, stop)
+                (max(best[start][0], cost(block, Span(start, stop))), [*best[start][1], stop])
+                for start in range(block, stop)
             )
-            for stop in range(blocks, num_layers + 1)
+            for stop in range(block + 1, num_layers + 1)
         }
     return [Span(start, stop) for start, stop in pairwise(best[num_layers][1])]
 

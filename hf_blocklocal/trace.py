@@ -63,14 +63,30 @@ class Trace:
         return self.stacks[layer] == self.stacks[-1]
 
 
+@dataclass(frozen=True)
+class LossTraits:
+    """What the values of a model's loss would show, for tensors that have none.
+
+    Attributes:
+        shifts_labels: Whether position i predicts the label at i + 1.
+        counts_items: Whether it heeds `num_items_in_batch`.
+    """
+
+    shifts_labels: bool
+    counts_items: bool = True
+
+
 @torch.no_grad()
-def trace_layers(model: nn.Module, stacks: Sequence[Stack], inputs: Mapping[str, Any]) -> Trace:
+def trace_layers(
+    model: nn.Module, stacks: Sequence[Stack], inputs: Mapping[str, Any], loss_traits: LossTraits | None = None
+) -> Trace:
     """Run a model once and write down what its layers did.
 
     Args:
         model: The model.
         stacks: The stacks that structure suggests. One that does not run at all is left aside.
         inputs: A small batch with labels, on the model's device.
+        loss_traits: What is known of the model's loss. Without, its values tell, and those of two more runs.
 
     Raises:
         LayersNotFoundError: If only some layers of a stack ran.
@@ -127,11 +143,11 @@ def trace_layers(model: nn.Module, stacks: Sequence[Stack], inputs: Mapping[str,
             labels,
             logits,
             vocabulary=vocabulary_size(model),
-            shifted=shifts_labels(model, loss, logits, labels),
+            shifted=shifts_labels(model, loss, logits, labels) if loss_traits is None else loss_traits.shifts_labels,
             problem_type=getattr(getattr(model, "config", None), "problem_type", None),
         ),
         labels_shape=tuple(labels.shape),
-        counts_items=_counts_items(model, inputs, loss.device),
+        counts_items=(_counts_items(model, inputs, loss.device) if loss_traits is None else loss_traits.counts_items),
     )
 
 

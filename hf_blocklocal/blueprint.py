@@ -1,0 +1,182 @@
+"""A model and a batch without memory, built from a configuration alone: of fake tensors, which have no values.
+
+Operations on fake tensors are those that a CPU would run, so what autograd would save can be counted.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
+from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig
+from transformers.models.auto import modeling_auto
+
+from hf_blocklocal.errors import UnsupportedSettingError
+from hf_blocklocal.trace import LossTraits
+
+
+# The class that picks a model for a task, and transformers' list of the models that it picks from.
+TASKS = {
+    "causal-lm": ("AutoModelForCausalLM", modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES),
+    "masked-lm": ("AutoModelForMaskedLM", modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES),
+    "seq2seq-lm": ("AutoModelForSeq2SeqLM", modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES),
+    "sequence-classification": (
+        "AutoModelForSequenceClassification",
+        modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
+    ),
+    "token-classification": (
+        "AutoModelForTokenClassification",
+        modeling_auto.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES,
+    ),
+    "image-classification": (
+        "AutoModelForImageClassification",
+        modeling_auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES,
+    ),
+    "audio-classification": (
+        "AutoModelForAudioClassification",
+        modeling_auto.MODEL_FOR_AUDIO_CLASSIFICATION_MAPPING_NAMES,
+    ),
+}
+_PER_POSITION = ("causal-lm", "masked-lm", "seq2seq-lm", "token-classification")
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The size of a batch.
+
+    Attributes:
+        batch: Samples.
+        sequence: Tokens of a text, or samples of a sound. Images have the size that the configuration says.
+    """
+
+    batch: int = 8
+    sequence: int = 512
+
+
+def task_of(config: PretrainedConfig) -> str:
+    """Return the task of the model class that a configuration names.
+
+    Raises:
+        UnsupportedSettingError: If it names none that is known.
+    """
+    for name in config.architectures or ():
+        for task, (_, models) in TASKS.items():
+            if any(name in (names if isinstance(names, tuple) else (names,)) for names in models.values()):
+                return task
+    raise UnsupportedSettingError(
+        f"The configuration of {config.model_type!r} names the classes {config.architectures}, which tell no task. "
+        f"Choose one of {sorted(TASKS)}."
+    )
+
+
+@contextmanager
+def without_memory() -> Iterator[None]:
+    """Make the tensors that are made inside the `with` fakes, which know their shape and type and hold nothing.
+
+    Raises:
+        UnsupportedSettingError: If something inside needs values.
+    """
+    try:
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            yield
+    except (DataDependentOutputException, DynamicOutputShapeException) as error:
+        raise UnsupportedSettingError(
+            f"This model asks for values on its way ({error}), which fake tensors do not have. Measure it with "
+            "weights: --with-weights, if need be with fewer layers."
+        ) from error
+
+
+def build_model(
+    config: PretrainedConfig, task: str, *, dtype: torch.dtype = torch.float32, with_weights: bool = False
+) -> nn.Module:
+    """Build a model without weights; to be called, and the model to be used, inside `without_memory`.
+
+    Args:
+        config: Its configuration.
+        task: A key of `TASKS`.
+        dtype: Type of its weights.
+        with_weights: Whether it has weights after all, drawn at random.
+
+    Raises:
+        UnsupportedSettingError: If there is no such task.
+    """
+    if task not in TASKS:
+        raise UnsupportedSettingError(f"There is no task {task!r}. Choose one of {sorted(TASKS)}.")
+    auto_class = getattr(transformers, TASKS[task][0])
+    if with_weights:
+        return auto_class.from_config(config, dtype=dtype)
+    with torch.device("meta"):  # so that no weight is drawn
+        model = auto_class.from_config(config, dtype=dtype)
+    fakes: dict[Tensor, Tensor] = {}  # tied weights stay tied
+    for module in model.modules():
+        for tensors in (module._parameters, module._buffers):
+            for name, tensor in tensors.items():
+                if tensor is None or tensor.device.type != "meta":
+                    continue
+                if tensor not in fakes:
+                    fake = torch.empty(tensor.shape, dtype=tensor.dtype)
+                    is_weight = isinstance(tensor, nn.Parameter)
+                    fakes[tensor] = nn.Parameter(fake, tensor.requires_grad) if is_weight else fake
+                tensors[name] = fakes[tensor]
+    return model
+
+
+def build_inputs(config: PretrainedConfig, task: str, shape: Shape) -> dict[str, Tensor]:
+    """Make a batch of full length: no padding, every label counts. Its values mean nothing.
+
+    Args:
+        config: Configuration of the model.
+        task: A key of `TASKS`.
+        shape: Size of the batch.
+    """
+    tokens_BS = torch.ones(shape.batch, shape.sequence, dtype=torch.long)
+    inputs = {"input_ids": tokens_BS}
+    if task == "image-classification":
+        side = config.image_size
+        height, width = (side, side) if isinstance(side, int) else side
+        inputs = {"pixel_values": torch.zeros(shape.batch, config.num_channels, height, width)}
+    if task == "audio-classification":
+        inputs = {"input_values": torch.zeros(shape.batch, shape.sequence)}
+    return inputs | {"labels": tokens_BS.clone() if task in _PER_POSITION else torch.zeros_like(tokens_BS[:, 0])}
+
+
+def loss_traits(task: str) -> LossTraits:
+    """Return what the loss of a task is known to do."""
+    return LossTraits(shifts_labels=task == "causal-lm")
+
+
+def read_config(source: str, overrides: Mapping[str, Any]) -> PretrainedConfig:
+    """Read the configuration of a model: a folder, a `config.json`, or a type such as `llama` with its defaults.
+
+    Args:
+        source: Which.
+        overrides: Fields to set.
+
+    Raises:
+        UnsupportedSettingError: If a field is unknown, or the source is none of the three.
+    """
+    path = Path(source)
+    if path.exists():
+        values = json.loads((path / "config.json" if path.is_dir() else path).read_text(encoding="utf-8"))
+    elif source in CONFIG_MAPPING:
+        values = {"model_type": source}
+    else:
+        raise UnsupportedSettingError(
+            f"{source!r} is no folder with a config.json, no such file, and no type of model that transformers knows."
+        )
+    model_type = values.pop("model_type")
+    known = AutoConfig.for_model(model_type).to_dict()
+    unknown = sorted(set(overrides) - set(known) - {"num_labels"})
+    if unknown:
+        raise UnsupportedSettingError(
+            f"Configurations of {model_type!r} have no {unknown}. Known are {sorted(known)}."
+        )
+    return AutoConfig.for_model(model_type, **(values | dict(overrides)))

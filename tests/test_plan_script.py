@@ -1,0 +1,106 @@
+"""`scripts/plan.py` prints a plan that can be launched, or says why there is none."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+from test_configs import script
+
+from hf_blocklocal import BlockLocalConfig
+
+
+SMALL = [
+    *("llama", "--task", "causal-lm", "--batch-size", "2", "--sequence-length", "16", "--set"),
+    *("hidden_size=32", "num_hidden_layers=6", "num_attention_heads=2", "intermediate_size=64", "vocab_size=100"),
+]
+
+
+def printed(capsys, *words):
+    script("plan").main([*SMALL, *words])
+    return capsys.readouterr().out
+
+
+def test_the_plan_is_a_table_and_the_line_that_launches_it(capsys):
+    text = printed(capsys, "--num-blocks", "3", "--device-memory", "1GiB", "--device-speed", "0.001")
+    assert text.startswith("LlamaForCausalLM, 6 layers, ")
+    rows = [line.split() for line in text.splitlines() if re.match(r" *\d ", line)]
+    assert [row[0] for row in rows] == ["0", "1", "2"]
+    starts = [int(row[1].split("-")[0]) for row in rows[1:]]
+    fields = re.search(r"BlockLocalConfig\((.*)\)", text)[1]
+    assert f"num_blocks=3, block_parallel_size=3, boundaries={starts}" == fields
+    assert BlockLocalConfig(boundaries=starts).num_blocks == 3
+    assert "accelerate launch --num_processes 3 " in text
+    assert re.search(r"A step takes [\d.]+ ms", text)
+    assert "head_refresh_lag" not in text
+
+
+def test_heads_that_would_wait_for_layers_of_other_ranks_are_pointed_out(capsys):
+    text = printed(capsys, "--num-blocks", "3", "--block-local", "head_layers=1", "head_refresh_lag=1")
+    assert "copy them every S steps with a lag of at least 2" in text
+
+
+def test_given_boundaries_and_fields_are_heeded(capsys):
+    text = printed(
+        capsys, "--num-blocks", "2", "--boundaries", "1", "--block-local", "head_layers=0", "negatives=null"
+    )
+    assert "boundaries=[1], head_layers=0, negatives=None)" in text
+    assert "ms" not in text.split()
+
+
+def test_what_does_not_fit_ends_in_one_line(capsys):
+    with pytest.raises(SystemExit, match=r"plan.py: No 2 blocks fit: .* too little\."):
+        printed(capsys, "--num-blocks", "2", "--device-memory", "100KiB")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--num-blocks", "3", "--device-memory", "1GiB", "2GiB"], "takes one value or 3"),
+        (["--num-blocks", "2", "--device-memory", "1 lot"], "is no size"),
+        (["--num-blocks", "2", "--boundaries", "1", "2"], "takes 1 for 2 blocks"),
+        (["--num-blocks", "2", "--reserve", "1"], "share of at least 0"),
+    ],
+)
+def test_a_wrong_command_line_is_explained(words, message, capsys):
+    with pytest.raises(SystemExit):
+        printed(capsys, *words)
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--num-blocks", "2", "--block-local", "head_layers"], "is not FIELD=VALUE"),
+        (["--num-blocks", "2", "--task", "telepathy"], "There is no task 'telepathy'"),
+        (["--num-blocks", "9"], "Cannot cut 6 layers into 9 blocks"),
+    ],
+)
+def test_what_cannot_be_planned_is_explained(words, message, capsys):
+    with pytest.raises(SystemExit, match=message):
+        printed(capsys, *words)
+
+
+def test_the_optimizer_decides_the_state(capsys):
+    states = {}
+    for optim in ("adamw_torch", "sgd"):
+        text = printed(capsys, "--num-blocks", "2", "--optim", optim)
+        header, *rows = text.splitlines()[2:5]
+        column = header.split().index("optimizer")
+        states[optim] = [float(row.split()[column]) for row in rows]
+    assert states["sgd"] == [0, 0]
+    assert min(states["adamw_torch"]) > 0
+
+
+@pytest.mark.parametrize(("text", "size"), [("24GiB", 24 * 2**30), ("1.5 GB", 1500000000), ("7", 7), ("3KiB", 3072)])
+def test_sizes_are_read_with_their_unit(text, size):
+    assert script("plan").size(text) == size
+
+
+def test_the_plan_in_the_readme_is_what_the_script_prints(capsys):
+    readme = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    block = next(block for block in readme.split("```") if block.startswith("\n$ python scripts/plan.py "))
+    command, text = block.removeprefix("\n$ python scripts/plan.py ").replace("\\\n", " ").split("\n", 1)
+    script("plan").main(command.split())
+    assert [line.rstrip() for line in text.splitlines()] == capsys.readouterr().out.rstrip().splitlines()
