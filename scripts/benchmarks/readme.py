@@ -52,6 +52,8 @@ def sections() -> dict[str, str]:
         "quickstart": "\n".join(quickstart(load("quickstart-cpu"))) + "\n",
         "benchmarks": "\n".join(benchmarks) + "\n",
     }
+    if (HERE / "results" / "pipelining-cpu.json").is_file():
+        result["pipelining"] = "\n".join(pipelining(load("pipelining-cpu"))) + "\n"
     if (HERE / "results" / "scale-cpu.json").is_file():
         result["scale"] = "\n".join(scale(load("scale-cpu"))) + "\n"
     if (HERE / "results" / "learning-cpu.json").is_file():
@@ -146,6 +148,35 @@ def step_time(report: dict[str, Any]) -> list[str]:
             missed = " !" if row["target_met"] is False else ""
             lines.append(f"| {row['model']} | {row['method']} | {spread}{missed} |")
     return lines
+
+
+def pipelining(report: dict[str, Any]) -> list[str]:
+    """Measured utilisation of emulated devices by schedule and micro-batches."""
+    settings, rows = report["settings"], report["rows"]
+    lines = [
+        f"**Measured on emulated devices**: median utilisation of {settings['rounds']} rounds. A process per rank,",
+        f"messages of {settings['megabytes']:g} MB over gloo, passes of {settings['seconds'] * 1e3:g} ms slept, a",
+        f"block-local head of {settings['head']:.0%} of its block, an optimizer step per batch;",
+        f"{where(report).replace(', one run', '')}.",
+        "Empty where torch refuses so few micro-batches.",
+        "",
+    ]
+    counts = sorted({row["m"] for row in rows})
+    for blocks in sorted({row["K"] for row in rows}):
+        mine = [row for row in rows if row["K"] == blocks]
+        shares = {(row["schedule"], row["m"]): row["utilisation"] for row in mine}
+        stream = shares["block-local", 1]
+        # A stream steps after every micro-batch, so it is the same at any number of them.
+        lines += [
+            f"| K = {blocks} | {' | '.join(f'm = {count}' for count in counts)} |",
+            f"|---|{'---|' * len(counts)}",
+        ]
+        for name in dict.fromkeys(row["schedule"] for row in mine):
+            given = [stream if name == "block-local" else shares[name, count] for count in counts]
+            cells = [_cell(value, bold=value is not None and value > stream) for value in given]
+            lines.append(f"| {name} | {' | '.join(cells)} |")
+        lines.append("")
+    return [*lines, "Schedules that are ahead of block-local are bold."]
 
 
 PIPELINES = ("1F1B", "interleaved", "ZB-H1")

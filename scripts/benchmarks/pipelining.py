@@ -1,0 +1,232 @@
+"""Block-local streaming beside the schedules of torch.distributed.pipelining, on emulated devices.
+
+To run it (some minutes): python scripts/benchmarks/pipelining.py
+
+Every rank is a process of its own, and messages are real, over gloo; what a device would compute is slept. So
+processes do not compete for cores, and what is measured is waiting: bubbles, and the work of the runtime itself. A
+micro-batch takes a rank the same time everywhere, an optimizer step follows every batch, and utilisation is that time
+over the time that has passed. Block-local heads take a share of their block on top (--head), which counts as lost.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from statistics import median
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from common import parse, parser, print_table, write_report
+from torch import Tensor, nn
+from torch.distributed import pipelining
+
+
+WIDTH = 64
+ROUNDS, STEPS = 5, 1
+# Steps of a stream until it is filled, and steps that are then timed.
+FILLING, STREAMED = 4, 8
+MICRO_BATCHES = (1, 2, 4, 8)
+STREAM = "block-local"
+# Name of the schedule: class, stages per rank, and whether they go up and down again.
+SCHEDULES = {
+    "GPipe": ("ScheduleGPipe", 1, False),
+    "1F1B": ("Schedule1F1B", 1, False),
+    "interleaved": ("ScheduleInterleaved1F1B", 2, False),
+    "interleaved ZB": ("ScheduleInterleavedZeroBubble", 2, False),
+    "ZBV": ("ScheduleZBVZeroBubble", 2, True),
+    "DualPipeV": ("ScheduleDualPipeV", 2, True),
+}
+
+
+class _Asleep(torch.autograd.Function):
+    """Hands a tensor on, and sleeps in the forward pass, in the backward pass or in both."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, before: float, after: float) -> Tensor:
+        time.sleep(before)
+        ctx.after = after
+        return tensor.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        time.sleep(ctx.after)
+        return gradient, None, None
+
+
+class Device(nn.Module):
+    """What a stage would compute, slept: forward pass, gradient of the input and gradient of the weights apart."""
+
+    def __init__(self, seconds: float) -> None:
+        super().__init__()
+        self.seconds = seconds
+        self.weight = nn.Parameter(torch.zeros(WIDTH))
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Sleep as long as a pass takes."""
+        # Layers inside the first stage want the gradient of their input too, although the stage as a whole does not.
+        to_weights = self.seconds if hidden.requires_grad else 2 * self.seconds
+        hidden = _Asleep.apply(hidden, self.seconds, self.seconds)
+        return hidden + _Asleep.apply(self.weight, 0.0, to_weights)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Measure, print a table, write it as JSON."""
+    arguments = parser("Block-local streaming beside pipeline schedules, on emulated devices.")
+    arguments.add_argument("--ranks", type=int, nargs="+", default=[2, 4], help="Numbers of ranks K.")
+    arguments.add_argument("--seconds", type=float, default=0.04, help="A pass of a rank's layers on a micro-batch.")
+    arguments.add_argument("--head", type=float, default=0.1, help="Cost of a head as a share of its block.")
+    arguments.add_argument("--megabytes", type=float, default=1.0, help="Size of a message.")
+    options = parse(arguments, argv)
+    rows = [
+        row for blocks in options.ranks for row in measure(blocks, options.seconds, options.head, options.megabytes)
+    ]
+    show(rows)
+    settings = {"seconds": options.seconds, "head": options.head, "megabytes": options.megabytes, "rounds": ROUNDS}
+    print(f"\nWritten to {write_report('pipelining', 'cpu', options, {'settings': settings, 'rows': rows})}")
+
+
+def measure(blocks: int, seconds: float, head: float, megabytes: float) -> list[dict[str, Any]]:
+    """Run everything on some ranks. Returns a row for each schedule and number of micro-batches."""
+    context = mp.get_context("spawn")
+    results = context.SimpleQueue()
+    port = _free_port()
+    mp.spawn(_rank, (blocks, port, seconds, head, megabytes, results), nprocs=blocks)
+    return results.get()
+
+
+def _free_port() -> int:
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    return store.port
+
+
+def _rank(rank: int, blocks: int, port: int, seconds: float, head: float, megabytes: float, results: Any) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=blocks)
+    samples = max(1, int(megabytes * 2**20 / 4 / WIDTH))
+    rows = [_row(STREAM, blocks, 1, seconds, list(_streamed(rank, blocks, samples, seconds, head)))]
+    for name in SCHEDULES:
+        for micro_batches in MICRO_BATCHES:
+            run = _pipeline(name, rank, blocks, micro_batches, samples, seconds)
+            times = None if run is None else list(_timed(run))
+            rows.append(_row(name, blocks, micro_batches, seconds, times))
+    if rank == 0:
+        results.put(rows)
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def _row(name: str, blocks: int, micro_batches: int, seconds: float, times: list[float] | None) -> dict[str, Any]:
+    ideal = 3 * seconds * micro_batches
+    shares = None if times is None else [ideal / each for each in times]
+    return {
+        "schedule": name,
+        "K": blocks,
+        "m": micro_batches,
+        "seconds": times,
+        "utilisation": None if shares is None else median(shares),
+        "range": None if shares is None else [min(shares), max(shares)],
+    }
+
+
+def _slowest(seconds: float) -> float:
+    longest = torch.tensor(seconds, dtype=torch.float64)
+    dist.all_reduce(longest, dist.ReduceOp.MAX)
+    return longest.item()
+
+
+def _timed(run: Callable[[], None]) -> Iterator[float]:
+    """Run steps, a first one to warm up, and yield the seconds of one in each round."""
+    run()
+    for _ in range(ROUNDS):
+        dist.barrier()
+        start = time.perf_counter()
+        for _ in range(STEPS):
+            run()
+        yield _slowest(time.perf_counter() - start) / STEPS
+
+
+def _pipeline(
+    name: str, rank: int, blocks: int, micro_batches: int, samples: int, seconds: float
+) -> Callable[[], None] | None:
+    """Return one training step of a schedule; nothing where it cannot be run with so few micro-batches."""
+    kind, pieces, folded = SCHEDULES[name]
+    total = blocks * pieces
+    numbers = [rank, total - 1 - rank] if folded else [rank + blocks * piece for piece in range(pieces)]
+    stages = [
+        pipelining.PipelineStage(Device(seconds / pieces), number, total, torch.device("cpu")) for number in numbers
+    ]
+    parameters = [parameter for stage in stages for parameter in stage.submod.parameters()]
+    optimizer = torch.optim.AdamW(parameters)
+    try:
+        schedule = getattr(pipelining.schedules, kind)(
+            stages if pieces > 1 else stages[0], micro_batches, loss_fn=lambda output, target: (output - target).mean()
+        )
+    except ValueError:  # torch wants more micro-batches for it
+        return None
+    batch = torch.zeros(samples * micro_batches, WIDTH)
+    given = (batch,) if 0 in numbers else ()
+    target = {"target": batch, "losses": []} if total - 1 in numbers else {}
+
+    def run() -> None:
+        schedule.step(*given, **target)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return run
+
+
+def _streamed(rank: int, blocks: int, samples: int, seconds: float, head: float) -> Iterator[float]:
+    """Stream batches through the blocks and yield the seconds of a step, once the stream is filled, in each round."""
+    from hf_blocklocal.stream import Inbox, Link, Outbox
+
+    def link(lower: int, upper: int, peer: int) -> Link | None:
+        group = dist.new_group([lower, upper], backend="gloo")
+        return Link(peer, group, group, torch.device("cpu")) if rank in (lower, upper) else None
+
+    edges = [link(lower, lower + 1, lower + 1 if rank == lower else lower) for lower in range(blocks - 1)]
+    outbox = Outbox(edges[rank], _raise) if rank < blocks - 1 else None
+    inbox = Inbox(edges[rank - 1], _raise) if rank > 0 else None
+    block = Device(seconds)
+    optimizer = torch.optim.AdamW(block.parameters())
+    for _ in range(ROUNDS):
+        dist.barrier()
+        for step in range(FILLING + STREAMED):
+            if step == FILLING:
+                start = time.perf_counter()
+            arrived = torch.zeros(samples, WIDTH) if inbox is None else inbox.take().value
+            output = block(arrived.requires_grad_())
+            if outbox is not None:
+                outbox.send({"step": step}, output.detach())
+                time.sleep(3 * seconds * head)
+            output.mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        yield _slowest(time.perf_counter() - start) / STREAMED
+    if outbox is not None:
+        outbox.close()
+
+
+def _raise(error: BaseException | None) -> None:
+    if error is not None:
+        raise error
+
+
+def show(rows: Sequence[dict[str, Any]]) -> None:
+    """Print the rows."""
+    cells = [
+        [
+            row["schedule"],
+            str(row["K"]),
+            str(row["m"]),
+            "-" if row["utilisation"] is None else f"{row['utilisation']:.3f}",
+            "" if row["range"] is None else f"{row['range'][0]:.3f}-{row['range'][1]:.3f}",
+        ]
+        for row in rows
+    ]
+    print_table(["schedule", "K", "m", "utilisation", "range"], cells, left=1)
+
+
+if __name__ == "__main__":
+    main()
