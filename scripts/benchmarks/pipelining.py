@@ -179,7 +179,7 @@ def _pipeline(
 
 def _streamed(rank: int, blocks: int, samples: int, seconds: float, head: float) -> Iterator[float]:
     """Stream batches through the blocks and yield the seconds of a step, once the stream is filled, in each round."""
-    from hf_blocklocal.stream import Inbox, Link, Outbox
+    from hf_blocklocal.parallel.stream import Inbox, Link, Outbox
 
     def link(lower: int, upper: int, peer: int) -> Link | None:
         group = dist.new_group([lower, upper], backend="gloo")
