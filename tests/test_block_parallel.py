@@ -66,6 +66,12 @@ CHAINS = {
         "config": {"head_layers": 0, "tied_weights": "freeze"},
     },
 }
+COUNTED = {
+    "specimen": "llama",
+    "counted": True,
+    "args": {"logging_steps": 100, "gradient_accumulation_steps": 2},
+    "config": {"num_blocks": 2, "block_parallel_size": 2, "head_refresh_steps": 2, "head_refresh_lag": 1},
+}
 # What only block-parallel training fills in by itself.
 REFRESHED = {"head_refresh_steps": 10, "head_refresh_lag": 10}
 
@@ -111,10 +117,10 @@ def runs(tmp_path_factory):
     passed(run(folder / "one", alone, processes=1))
     two = {name: settled(case, processes=2) for name, case in TWO.items()}
     pairs = {name: settled(case, processes=1) for name, case in CHAINS.items()}
-    passed(run(folder / "two", two | pairs, processes=2))
+    passed(run(folder / "two", two | pairs | {"counted": COUNTED}, processes=2))
     four = {name: settled(case, processes=4) for name, case in FOUR.items()}
     chains = {name: settled(case, processes=2) for name, case in CHAINS.items()}
-    passed(run(folder / "four", four | chains, processes=4))
+    passed(run(folder / "four", four | chains | {"counted": COUNTED}, processes=4))
     return folder
 
 
@@ -165,6 +171,14 @@ def test_logs_are_those_of_one_process(runs, name, first, second, processes):
 def test_no_process_holds_the_whole_model(runs, name, first, second, processes):
     assert all(log["held"] < 0.85 for log in logs_of(runs / second / name))
     assert all(log["held"] == 1 for log in logs_of(runs / first / name))
+
+
+def test_nothing_stalls_the_stream(runs):
+    """One chain does nothing together; several count their tokens and average the gradients of every block."""
+    for log in logs_of(runs / "two" / "counted"):
+        assert log["collectives"][1:] == [[]] * 5  # before the first step copies of a block are brought in line
+    for log in logs_of(runs / "four" / "counted"):
+        assert log["collectives"][1:] == [["all_reduce", "all_reduce"]] * 5
 
 
 def test_a_checkpoint_is_resumed_on_any_layout(runs, tmp_path):

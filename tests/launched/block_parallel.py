@@ -4,7 +4,7 @@ Usage: block_parallel.py OUTPUT_DIR CASES
 
 CASES is JSON: for each case by name its `specimen`, `batch_size` per device, fields of `BlockLocalConfig` in `config`,
 of `TrainingArguments` in `args`, and, as needed, `dropout`, `resume` (a checkpoint), `odd` (a rank that reads other
-batches), `raises`, `killed` and `stopped` (rank and step), `generate` (tokens).
+batches), `raises`, `killed` and `stopped` (rank and step).
 """
 
 from __future__ import annotations
@@ -57,6 +57,32 @@ def fail():
     raise KeyError("no such column")
 
 
+class Collectives(TrainerCallback):
+    """Counts what all or some processes do together between one step and the next."""
+
+    NAMES = ("all_reduce", "all_gather", "all_gather_into_tensor", "all_gather_object", "reduce_scatter_tensor")
+    NAMES += ("broadcast", "broadcast_object_list", "barrier", "gather", "scatter", "all_to_all", "monitored_barrier")
+
+    def __init__(self):
+        self.per_step, self.now = [], []
+        for name in self.NAMES:
+            setattr(torch.distributed, name, self.counted(name, getattr(torch.distributed, name)))
+
+    def counted(self, name, function):
+        """Return a function that is counted."""
+
+        def run(*args, **kwargs):
+            self.now.append(name)
+            return function(*args, **kwargs)
+
+        return run
+
+    def on_step_end(self, args, state, control, **kwargs):
+        """Note what there was in this step."""
+        self.per_step.append(self.now.copy())
+        self.now.clear()
+
+
 MISHAPS = {
     "raises": fail,
     "killed": lambda: os.kill(os.getpid(), signal.SIGKILL),
@@ -85,6 +111,9 @@ def run(folder, case):
     for name, act in MISHAPS.items():
         if name in case and case[name][0] == args.process_index:
             trainer.add_callback(Mishap(case[name][1], act))
+    counter = Collectives() if case.get("counted") else None
+    if counter is not None:
+        trainer.add_callback(counter)
     if case.get("told_to_end"):
         # As the launcher does when it is told so itself: it passes SIGTERM on to every process.
         trainer.add_callback(Mishap(case["told_to_end"], lambda: os.kill(os.getpid(), signal.SIGTERM)))
@@ -99,6 +128,7 @@ def run(folder, case):
         "metrics": {**trainer.evaluate(), **predicted.metrics},
         "predictions": torch.as_tensor(predictions).flatten().tolist()[:64],
         "history": trainer.state.log_history,
+        "collectives": counter.per_step if counter is not None else [],
         "held": sum(p.numel() for p in parameters if not p.is_meta) / sum(p.numel() for p in parameters),
     }
     (folder / f"log-{args.process_index}.json").write_text(json.dumps(log))
