@@ -7,6 +7,7 @@ from hf_blocklocal.assembly import Assembly, TaughtModel, assemble
 from hf_blocklocal.attaching import load_heads
 from hf_blocklocal.blocks import Boundaries, Cut
 from hf_blocklocal.config import BlockLocalConfig
+from hf_blocklocal.depth import EarlyExit, early_exit, truncate
 from hf_blocklocal.errors import BlockLocalError
 from hf_blocklocal.feedback import FeedbackHead, build_head
 from hf_blocklocal.losses import LocalLoss
@@ -24,6 +25,7 @@ __all__ = [
     "BlockLocalTrainer",
     "Boundaries",
     "Cut",
+    "EarlyExit",
     "FeedbackHead",
     "LocalLoss",
     "LocalStep",
@@ -33,6 +35,8 @@ __all__ = [
     "TaughtModel",
     "assemble",
     "build_head",
+    "early_exit",
     "find_stacks",
     "load_heads",
+    "truncate",
 ]

@@ -101,3 +101,7 @@ class HistoryError(BlockLocalError, ValueError):
 
 class CardError(BlockLocalError, ValueError):
     """A model card cannot be made as asked: from that template, or beside that baseline. The model itself is saved."""
+
+
+class TruncationError(BlockLocalError, ValueError):
+    """A trained model cannot be made smaller as asked. Nothing was written; the message says what can be."""

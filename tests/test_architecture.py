@@ -38,25 +38,25 @@ FLOORS = [
     ["losses", "model_costs"],
     ["feedback", "placement"],
     ["blocks", "card", "meters", "plots", "probe", "randomness", "settings"],
-    ["checkpoint", "inlets", "trace", "watch"],
+    ["checkpoint", "depth_plots", "inlets", "trace", "watch"],
     ["blueprint", "hub", "replay", "shortcut"],
     ["denoising"],
     ["step"],
     ["building", "costs", "describing", "evaluation"],
     ["assembly", "planning"],
     ["portrait"],
-    ["attaching", "callbacks", "parallel"],
+    ["attaching", "callbacks", "depth", "parallel"],
     ["trainer"],
 ]
 FLOOR = {room: number for number, floor in enumerate(FLOORS) for room in floor}
 ALLOWED = {
     "accelerate": {"compilation", "trainer"},
     "torch.distributed": {"data_parallel", "parallel"},
-    "transformers": {"anatomy", "blueprint", "callbacks", "scaling", "settings", "trainer", "metrics"},
+    "transformers": {"anatomy", "blueprint", "callbacks", "depth", "scaling", "settings", "trainer", "metrics"},
     "datasets": {"metrics"},
     "evaluate": {"metrics"},
     "peft": set(),
-    "matplotlib": {"plots"},
+    "matplotlib": {"depth_plots", "plots"},
     "huggingface_hub": {"card", "hub"},
 }
 FILES = sorted(PACKAGE.rglob("*.py"))
