@@ -14,6 +14,7 @@ import gc
 import json
 import os
 import platform
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -46,6 +47,7 @@ class Run:
     baseline: bool = False
     diagnostics: int | None = None
     card: dict[str, Any] = field(default_factory=dict)
+    threshold: float = 0.9
     examples: list[str] = field(default_factory=list)
     block_local: dict[str, Any] = field(default_factory=dict)
     training: dict[str, Any] = field(default_factory=dict)
@@ -61,13 +63,14 @@ class Source:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What one training run came to."""
+    """What one training run came to, and what came of each size of its model."""
 
     name: str
     metrics: dict[str, float]
     seconds: float
     peak_bytes: int
     unpushed: str | None = None
+    sizes: list[dict[str, Any]] = field(default_factory=list)
 
 
 def read_run(path: str | Path, overrides: Sequence[str] = ()) -> Run:
@@ -181,7 +184,11 @@ def train(run: Run, block_local: BlockLocalConfig | None, source: Source | None 
     name = "plain Trainer" if block_local is None else f"block-local, {block_local.num_blocks} blocks"
     if block_local is not None and block_local.head_layers:
         name += f", head_layers={block_local.head_layers}"
-    return Outcome(name, metrics, seconds, peak_activation_bytes(trainer), unpushed), trainer
+    sys.path.insert(0, str(Path(__file__).parent))
+    from sizes import measure_sizes
+
+    sizes = measure_sizes(trainer, run.threshold) if trainer.is_world_process_zero() else []
+    return Outcome(name, metrics, seconds, peak_activation_bytes(trainer), unpushed, sizes), trainer
 
 
 def save(trainer: Trainer) -> str | None:
@@ -226,15 +233,18 @@ def peak_activation_bytes(trainer: Trainer) -> int:
 
 
 def report(outcomes: Sequence[Outcome]) -> str:
-    """Return the table: accuracy of every block and of the model, time, and peak activation bytes."""
-    lines = [f"{'':40}{'test accuracy':>14}{'train time':>12}{'peak activations':>18}"]
+    """Return the table: accuracy of every block, of the model and its smaller sizes; time, peak activation bytes."""
+    lines = [f"{'':40}{'test accuracy':>14}{'ms per text':>13}{'train time':>12}{'peak activations':>18}"]
     for outcome in outcomes:
         for key, value in sorted(outcome.metrics.items()):
             if key.startswith("eval_block_") and key.endswith("_accuracy"):
                 block = key.removeprefix("eval_block_").removesuffix("_accuracy")
                 lines.append(f"  {'head of block ' + block:38}{value:14.3f}")
+        for size in outcome.sizes[:-1]:
+            lines.append(f"  {size['name']:38}{size['value']:14.3f}{size['milliseconds']:13.1f}")
+        whole = f"{outcome.sizes[-1]['milliseconds']:13.1f}" if outcome.sizes else f"{'':13}"
         lines.append(
-            f"{outcome.name:40}{outcome.metrics['eval_accuracy']:14.3f}{outcome.seconds:10.0f} s"
+            f"{outcome.name:40}{outcome.metrics['eval_accuracy']:14.3f}{whole}{outcome.seconds:10.0f} s"
             f"{outcome.peak_bytes / 2**20:14.1f} MiB"
         )
     return "\n".join(lines)
@@ -322,7 +332,12 @@ def show(run: Run, cut: str, outcomes: Sequence[Outcome], folder: str) -> None:
     """Print the table and what the saved model makes of the examples; leave the numbers in `result.json`."""
     from transformers import pipeline
 
-    result = {"outcomes": [asdict(outcome) for outcome in outcomes], "versions": versions(), "cores": os.cpu_count()}
+    result = {
+        "run": asdict(run),
+        "outcomes": [asdict(outcome) for outcome in outcomes],
+        "versions": versions(),
+        "cores": os.cpu_count(),
+    }
     (Path(folder) / "result.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     print(f"\nThe cut\n{cut}\n\nThe result\n{report(outcomes)}\n")
     classify = pipeline("text-classification", model=folder, tokenizer=folder)
@@ -330,6 +345,7 @@ def show(run: Run, cut: str, outcomes: Sequence[Outcome], folder: str) -> None:
         guess = classify(text)[0]
         print(f"{guess['label']} ({guess['score']:.2f}): {text}")
     print(f"\nSaved in {folder}: an ordinary transformers checkpoint, its card in README.md, and the heads beside it.")
+    print(f"Its first blocks as models of their own: python scripts/truncate.py {folder} --output {folder}/sizes")
 
 
 if __name__ == "__main__":

@@ -40,6 +40,11 @@ def test_the_quickstart_prints_its_table_and_leaves_an_ordinary_checkpoint(prepa
     printed = call("train.py", config, *small, folder=prepared)
     for line in ("head of block 0", "head of block 1", "block-local, 3 blocks", "plain Trainer", "MiB", "Saved in"):
         assert line in printed
+    for line in ("1 of 3 blocks and 2 borrowed layers", "early exit at 0.3"):
+        row = next(row for row in printed.splitlines() if row.strip().startswith(line))
+        accuracy, milliseconds = map(float, row.removeprefix(f"  {line}").split())
+        assert 0 <= accuracy <= 1
+        assert milliseconds > 0
     folder = prepared / "runs" / "quickstart"
     named = printed.partition("Curves of every block, from history.jsonl:\n")[2].split()
     for name in ("cut", "loss", "accuracy", "accuracy_by_depth", "memory", "alignment", "probe", "drift"):
@@ -59,6 +64,34 @@ def test_the_quickstart_prints_its_table_and_leaves_an_ordinary_checkpoint(prepa
     model = AutoModelForSequenceClassification.from_pretrained(folder)
     assert result.stdout.splitlines()[-1] in model.config.label2id
     assert all(torch.isfinite(parameter).all() for parameter in model.parameters())
+
+
+def test_every_size_of_a_run_becomes_a_model_that_needs_nothing_of_ours(prepared):
+    config = str(ROOT / "configs" / "train" / "quickstart.yaml")
+    small = ["train_samples=16", "test_samples=8", "max_length=16", "training.num_train_epochs=1", "baseline=false"]
+    small += ["training.output_dir=runs/sizes"]
+    printed = call("train.py", config, *small, folder=prepared)
+    command = next(line for line in printed.splitlines() if line.startswith("Its first blocks")).split("truncate.py ")[
+        1
+    ]
+    words = [*command.split(), "--samples", "8", "--steps", "2", "--thresholds", "0.2", "1.1"]
+    table = call("truncate.py", *words, folder=prepared)
+    for line in ("early exit at 1.1", "2 of 3 blocks, head fitted", "the whole model", "depths.png"):
+        assert line in table
+    folder = prepared / "runs" / "sizes" / "sizes"
+    assert (folder / "depths.png").is_file()
+    code = (
+        "import sys; sys.modules['hf_blocklocal'] = None\n"
+        "from transformers import pipeline\n"
+        "for name in ('1-blocks', '1-blocks-and-borrowed', '2-blocks'):\n"
+        "    print(pipeline('text-classification', model=name)('Sort a list.')[0]['label'])"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, timeout=120, check=True
+    )
+    labels = AutoModelForSequenceClassification.from_pretrained(folder / "2-blocks").config.label2id
+    assert len(result.stdout.split()) == 3
+    assert set(result.stdout.split()) <= labels.keys()
 
 
 @pytest.mark.parametrize(("options", "share"), [(["block_local.head_layers=0"], 0.5), ([], 0.7)])
