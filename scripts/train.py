@@ -14,7 +14,6 @@ import gc
 import json
 import os
 import platform
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -184,7 +183,6 @@ def train(run: Run, block_local: BlockLocalConfig | None, source: Source | None 
     name = "plain Trainer" if block_local is None else f"block-local, {block_local.num_blocks} blocks"
     if block_local is not None and block_local.head_layers:
         name += f", head_layers={block_local.head_layers}"
-    sys.path.insert(0, str(Path(__file__).parent))
     from sizes import measure_sizes
 
     sizes = measure_sizes(trainer, run.threshold) if trainer.is_world_process_zero() else []

@@ -22,6 +22,9 @@ from typing import Any
 from common import HERE, parse, parser, prepare, print_table, write_report
 
 
+HEADER = ["draft", "layers", "tokens per pass of the whole model", "speed-up", "the same text"]
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Train, generate with each draft, print the table."""
     arguments = parser("What first blocks are worth as drafts of assisted generation.")
@@ -35,8 +38,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     device = prepare(options)
     model, assembly, prompts = trained(options, device)
     rows = measured(model, assembly, prompts, options)
-    header = ["draft", "layers", "tokens per forward pass", "speed-up", "the same text"]
-    print_table(header, [cells(row) for row in rows], left=1)
+    print_table(HEADER, [cells(row) for row in rows], left=1)
     results = {"results": rows, "layers": len(assembly.cut.layers)}
     print(f"\nWritten to {write_report('assisted_generation', device, options, results)}")
 

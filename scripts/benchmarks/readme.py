@@ -51,6 +51,7 @@ def sections() -> dict[str, str]:
     result = {
         "quickstart": "\n".join(quickstart(load("quickstart-cpu"))) + "\n",
         "benchmarks": "\n".join(benchmarks) + "\n",
+        "assisted": "\n".join(assisted(load("assisted_generation-cpu"))) + "\n",
     }
     if (HERE / "results" / "pipelining-cpu.json").is_file():
         result["pipelining"] = "\n".join(pipelining(load("pipelining-cpu"))) + "\n"
@@ -238,6 +239,22 @@ def _cell(value: float | None, *, bold: bool = False) -> str:
     if value is None:
         return ""
     return f"**{value:.2f}**" if bold else f"{value:.2f}"
+
+
+def assisted(report: dict[str, Any]) -> list[str]:
+    """What first blocks are worth as drafts of assisted generation."""
+    sys.path.insert(0, str(HERE))
+    from assisted_generation import HEADER, cells
+
+    return [
+        f"**Assisted generation** by a small Llama of {report['layers']} layers, trained in four blocks",
+        f"({where(report)}). Speed-up against greedy decoding: median [range] of",
+        f"{len(report['results'][0]['speed_ups'])} paired rounds. Below 1, drafting costs more than it saves.",
+        "",
+        f"| {' | '.join(HEADER)} |",
+        f"|{'---|' * len(HEADER)}",
+        *(f"| {' | '.join(cells(row))} |" for row in report["results"]),
+    ]
 
 
 def share() -> list[str]:
