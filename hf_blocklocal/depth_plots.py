@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from hf_blocklocal.extras import optional
-from hf_blocklocal.plots import GREY, INK, STYLE
+from hf_blocklocal.plots.style import GREY, INK, STYLE
 
 
 COLORS = ("#440154", "#21918c", "#b5890a")
