@@ -10,7 +10,6 @@ import atexit
 import logging
 import os
 import sys
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -133,17 +132,6 @@ class Chain:
         """
         for box in [*self._outboxes, *self._inboxes]:
             box.check()
-
-    def look_around_for(self, seconds: float) -> None:
-        """Look around for a while, as long as nothing is found.
-
-        Raises:
-            BlockPeerError: If a process that this one exchanges messages with has failed or is gone.
-        """
-        until = time.monotonic() + seconds
-        while time.monotonic() < until:
-            self.look_around()
-            time.sleep(0.1)
 
     def fail(self, error: BaseException) -> None:
         """Leave word of an error that ends this process."""

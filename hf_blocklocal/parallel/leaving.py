@@ -1,4 +1,7 @@
-"""What a process does when it is told to end: say who is missing, or stop where all processes can stop together."""
+"""What a process does when it is told to end: say who is missing, or stop where all processes can stop together.
+
+A launcher tells all processes to end as soon as one has died, often before the others have noticed.
+"""
 
 from __future__ import annotations
 
@@ -12,8 +15,6 @@ from hf_blocklocal.errors import BlockPeerError
 from hf_blocklocal.parallel.chain import Chain
 
 
-# A launcher tells all processes to end as soon as one has died, often before the others have noticed.
-NOTICING = 3.0
 # Chains of a run are within one step of each other, and lower blocks are ahead of upper ones.
 _MARGIN = 2
 
@@ -50,7 +51,7 @@ class Leaving:
 
     def _hear(self, sign: int, frame: FrameType | None) -> None:
         try:
-            self._chain.look_around_for(NOTICING)
+            self._chain.peers.look_for_missing()
         except BlockPeerError as error:
             sys.stderr.write(f"{type(error).__name__}: {error}\n")
         else:

@@ -1,6 +1,6 @@
 """Know whether the processes that hold the other blocks are alive, and what has become of one that is not.
 
-Every process says every second that it is alive, and where it is; one that fails says why before it goes. Whoever
+Every process says twice a second that it is alive, and where it is; one that fails says why before it goes. Whoever
 waits for a message looks there, so that the first sentence a user reads names a rank, a block and a cause, not a port.
 """
 
@@ -16,9 +16,11 @@ import torch.distributed as dist
 from hf_blocklocal.errors import BlockPeerError
 
 
-_BEAT = 1.0
+_BEAT = 0.5
 # How long the report of a process whose connection has broken may take to arrive.
 _LAST_WORDS = 3.0
+# How long to wait for signs of life when a process may be gone: several beats, on a busy machine.
+_NOTICING = 5.0
 
 
 class Peers:
@@ -44,6 +46,22 @@ class Peers:
         if not isinstance(error, BlockPeerError):
             said = {"rank": self._rank, "step": self.step, "error": f"{type(error).__name__}: {error}"[:2000]}
             self._store.set(f"failed/{self._rank}", json.dumps(said))
+
+    def look_for_missing(self) -> None:
+        """Wait for a sign of life of every process.
+
+        Raises:
+            BlockPeerError: If one has failed or does not give any.
+        """
+        before = [self._sign(rank) for rank in range(len(self._names))]
+        until = time.monotonic() + _NOTICING
+        while time.monotonic() < until:
+            self._look_for_failures()
+            if all(self._sign(rank) != sign for rank, sign in enumerate(before)):
+                return
+            time.sleep(0.1)
+        rank = next(rank for rank, sign in enumerate(before) if self._sign(rank) == sign)
+        self._give_up(rank, f"is gone; {self._where(rank)}")
 
     def agree_to_stop(self, step: int, *, decides: bool, waiting: Callable[[], None]) -> int:
         """Return the step after which all processes stop.
@@ -77,10 +95,7 @@ class Peers:
         """
         deadline = time.monotonic() + (_LAST_WORDS if broken is not None else 0)
         while True:
-            for rank in range(len(self._names)):
-                if self._store.check([f"failed/{rank}"]):
-                    said = json.loads(self._store.get(f"failed/{rank}"))
-                    self._give_up(rank, f"failed at step {said['step']}: {said['error']}")
+            self._look_for_failures()
             if time.monotonic() >= deadline:
                 break
             time.sleep(0.1)
@@ -89,6 +104,12 @@ class Peers:
         silent = self._silent_for(peer)
         if silent > self._timeout:
             self._give_up(peer, f"has shown no sign of life for {silent:.0f} s; {self._where(peer)}")
+
+    def _look_for_failures(self) -> None:
+        for rank in range(len(self._names)):
+            if self._store.check([f"failed/{rank}"]):
+                said = json.loads(self._store.get(f"failed/{rank}"))
+                self._give_up(rank, f"failed at step {said['step']}: {said['error']}")
 
     def _give_up(self, rank: int, what: str) -> None:
         raise BlockPeerError(

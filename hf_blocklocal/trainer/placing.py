@@ -21,7 +21,7 @@ from hf_blocklocal.data_parallel import sum_over_processes
 from hf_blocklocal.errors import BlockPeerError
 from hf_blocklocal.parallel.chain import Chain, ReplicaMesh, form_chains
 from hf_blocklocal.parallel.gathering import gather_samples, gather_to_first, share_from_last, sum_over_blocks
-from hf_blocklocal.parallel.leaving import NOTICING, Leaving
+from hf_blocklocal.parallel.leaving import Leaving
 from hf_blocklocal.parallel.shards import OptimizerShard, plain_values_in, state_of, tensors_in
 from hf_blocklocal.parallel.stationing import Stationing
 from hf_blocklocal.settings import check_block_parallel, check_optimizer_not_given
@@ -103,7 +103,7 @@ class PlacesBlocks(Trainer):
             yield
         except BaseException as error:
             if "Connection" in str(error) and not isinstance(error, BlockPeerError):
-                self._chain.look_around_for(NOTICING)  # raises what is behind the broken connection
+                self._chain.peers.look_for_missing()  # raises what is behind the broken connection
             self._chain.fail(error)
             if hasattr(error, "add_note"):
                 error.add_note(f"In {self._chain.name}, at step {self.state.global_step + 1}.")
