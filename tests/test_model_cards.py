@@ -1,0 +1,72 @@
+"""The committed cards come from runs of the shipped configurations, and the Hub would take them."""
+
+from __future__ import annotations
+
+import math
+import re
+from pathlib import Path
+
+import pytest
+from huggingface_hub import ModelCard
+from test_card import PLACEHOLDER, lines_of, section
+from test_configs import TRAIN, script
+
+from hf_blocklocal.card import BEGIN, END
+from hf_blocklocal.history import HISTORY_NAME, CutRow, Evaluation, read_history
+
+
+ROOT = Path(__file__).parents[1]
+CARDS = {path.parent.name: path for path in sorted((ROOT / "model_cards").glob("*/README.md"))}
+INDEX = (ROOT / "model_cards" / "README.md").read_text(encoding="utf-8")
+
+over_cards = pytest.mark.parametrize("path", CARDS.values(), ids=CARDS)
+
+
+@pytest.mark.parametrize("path", TRAIN, ids=lambda path: path.stem)
+def test_every_configuration_has_its_card(path):
+    assert path.stem in CARDS
+    assert f"[{path.stem}]({path.stem}/README.md)" in INDEX
+    assert f"`configs/train/{path.name}`" in INDEX
+
+
+@over_cards
+def test_a_card_has_valid_metadata_and_no_placeholder(path):
+    text = path.read_text(encoding="utf-8")
+    data = ModelCard(text).data
+    assert data.library_name == "transformers"
+    assert {"block-local", "hf_blocklocal"} <= set(data.tags)
+    assert data.base_model
+    assert data.pipeline_tag
+    assert data.eval_results
+    assert all(math.isfinite(result.metric_value) for result in data.eval_results)
+    assert not PLACEHOLDER.search(text), PLACEHOLDER.search(text)
+    assert text.count(BEGIN) == text.count(END) == 1
+
+
+@over_cards
+def test_a_card_names_its_configuration_and_its_command(path):
+    text = path.read_text(encoding="utf-8")
+    config = re.search(r"Configuration: `(configs/train/.+?\.yaml)`\.", text)[1]
+    assert (ROOT / config).is_file()
+    assert f"Command: `python scripts/train.py {config}`." in text
+    assert re.search(r"^- commit: `[0-9a-f]{40}`", text, flags=re.MULTILINE)
+    run = script("train").read_run(ROOT / config)
+    told = section(text, "Arguments that are not the default")
+    assert f"| `num_blocks` | `{run.block_local['num_blocks']}` |" in told
+
+
+@over_cards
+def test_a_card_shows_the_numbers_and_the_figures_of_its_own_run(path):
+    text, rows = path.read_text(encoding="utf-8"), read_history(path.parent / HISTORY_NAME)
+    for name in re.findall(r"\]\((plots/.+?)\)", text):
+        assert (path.parent / name).is_file()
+    last = [row for row in rows if isinstance(row, Evaluation)][-1].values
+    told = {line[0]: line for line in lines_of(section(text, "Results"))}
+    assert f"{last['eval_block_0_accuracy']:.3f}" in told["head of block 0"]
+    (model,) = (line for name, line in told.items() if name.startswith("**this model**"))
+    assert f"{last['eval_accuracy']:.3f}" in model
+    (cut,) = (row for row in rows if isinstance(row, CutRow))
+    assert [line[2] for line in lines_of(section(text, "How it was cut"))[2:]] == [
+        f"{b.parameters:,}" for b in cut.blocks
+    ]
+    assert str(Path.home()) not in text
