@@ -38,7 +38,7 @@ from hf_blocklocal.card import (
     render,
     write_card,
 )
-from hf_blocklocal.card.tables import NO_BASELINE
+from hf_blocklocal.card.tables import NO_BASELINE, duration
 from hf_blocklocal.describing import sizes, taught_by
 from hf_blocklocal.errors import CardError
 from hf_blocklocal.feedback import FEEDBACK
@@ -272,6 +272,14 @@ def test_every_device_of_every_process_has_its_row():
     assert "Resident" not in told
 
 
+@pytest.mark.parametrize(
+    ("seconds", "written"),
+    [(0.0123, "0.0123 s"), (99.96, "100 s"), (631.2, "631 s"), (3600, "1 h 0 min"), (9300, "2 h 35 min")],
+)
+def test_seconds_are_written_so_that_runs_can_be_compared(seconds, written):
+    assert duration(seconds) == written
+
+
 # ---- The baseline ----
 
 
@@ -370,6 +378,9 @@ def test_metrics_are_in_the_metadata_where_task_and_data_set_have_a_name(tmp_pat
     assert result["task"] == {"type": "text-classification"}
     assert result["dataset"] == {"name": "reviews", "type": "reviews", "split": "test"}
     assert [(metric["type"], metric["value"]) for metric in result["metrics"]] == [("loss", 0.5), ("accuracy", 0.75)]
+    write_card(replace(FACTS, data=Data("My reviews, 2nd")), tmp_path / "named")
+    (entry,) = metadata(tmp_path / "named" / "README.md")["model-index"]
+    assert entry["results"][0]["dataset"] == {"name": "My reviews, 2nd", "type": "my-reviews-2nd"}
     nameless = replace(FACTS, data=Data(eval_rows=3))
     write_card(nameless, tmp_path / "nameless")
     assert "model-index" not in metadata(tmp_path / "nameless" / "README.md")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,7 @@ def eval_results(facts: CardFacts) -> list[EvalResult]:
     return [
         EvalResult(
             task_type=facts.pipeline_tag,
-            dataset_type=data.hub_id or data.name,
+            dataset_type=data.hub_id or re.sub(r"\W+", "-", data.name.lower()),  # an id, as the Hub spells them
             dataset_name=data.name or data.hub_id,
             dataset_config=data.config,
             dataset_split=data.eval_split,

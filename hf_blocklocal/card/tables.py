@@ -42,11 +42,11 @@ def size(count: float) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Write seconds, as hours and minutes where there are many."""
-    if seconds < 600:
+    """Write seconds, as hours and minutes from an hour on."""
+    if seconds < 3600:
         return f"{seconds:.3g} s" if seconds < 100 else f"{seconds:.0f} s"
     hours, minutes = divmod(round(seconds / 60), 60)
-    return f"{hours} h {minutes} min" if hours else f"{minutes} min"
+    return f"{hours} h {minutes} min"
 
 
 def cut(facts: CardFacts) -> str:
