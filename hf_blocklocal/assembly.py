@@ -24,7 +24,7 @@ from hf_blocklocal.building import build_copies, build_denoising, build_heads, b
 from hf_blocklocal.config import BlockLocalConfig
 from hf_blocklocal.copies import Copies
 from hf_blocklocal.costs import head_costs, warn_of_heavy_heads
-from hf_blocklocal.defaults import settled
+from hf_blocklocal.defaults import refreshed, settled
 from hf_blocklocal.describing import table_of_blocks
 from hf_blocklocal.errors import UnsupportedSettingError
 from hf_blocklocal.feedback import FeedbackHead
@@ -241,7 +241,9 @@ def assemble(
         denoising = build_denoising(model, config, trace, boundaries, inlets, reach)
     owners = owners_of((name for name, _ in model.named_parameters()), cut, reach)
     shortcut = build_shortcut(model, config, trace, cut, inputs, reach) if config.borrows else None
-    lent = lent_to_heads(model, trace.task, shortcut, owners, cut.num_blocks)
+    contrasts = trace.task.target == "vocabulary" and any(isinstance(head.loss, Contrast) for head in heads)
+    lent = lent_to_heads(model, shortcut, owners, cut.num_blocks, contrasts_tokens=contrasts)
+    config = refreshed(config) if any(lent) else config
     assembly = Assembly(
         config=config,
         task=trace.task,

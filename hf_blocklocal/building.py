@@ -17,7 +17,7 @@ from hf_blocklocal.feedback import FeedbackHead, build_head
 from hf_blocklocal.inlets import Inlets
 from hf_blocklocal.replay import Replay
 from hf_blocklocal.shortcut import Shortcut, can_be_confined
-from hf_blocklocal.targets import Task, choose_alignment
+from hf_blocklocal.targets import choose_alignment
 from hf_blocklocal.trace import Trace, evaluation_mode
 
 
@@ -94,7 +94,12 @@ def build_shortcut(
 
 
 def lent_to_heads(
-    model: nn.Module, task: Task, shortcut: Shortcut | None, owners: Mapping[str, int], num_blocks: int
+    model: nn.Module,
+    shortcut: Shortcut | None,
+    owners: Mapping[str, int],
+    num_blocks: int,
+    *,
+    contrasts_tokens: bool,
 ) -> tuple[set[str], ...]:
     """Return, for each block but the last, the names of the parameters of later blocks that its head uses.
 
@@ -102,14 +107,14 @@ def lent_to_heads(
 
     Args:
         model: The model.
-        task: What is to be predicted.
         shortcut: The way through borrowed layers, if heads borrow any.
         owners: The block that owns each parameter.
         num_blocks: Blocks.
+        contrasts_tokens: Whether heads of their own compare with messages made from the embedding of the targets.
     """
     if shortcut is not None:
         return tuple(shortcut.lent_weights(owners))
-    embedding = target_embedding(model) if task.target == "vocabulary" else None
+    embedding = target_embedding(model) if contrasts_tokens else None
     names = {name for name, parameter in model.named_parameters() if parameter is embedding}
     return tuple({name for name in names if owners[name] > block} for block in range(num_blocks - 1))
 

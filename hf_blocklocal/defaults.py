@@ -47,10 +47,19 @@ def settled(config: BlockLocalConfig, *, single_stack: bool) -> BlockLocalConfig
         single_stack: Whether the model has one stack of layers.
     """
     if config.head_layers is not None:
-        return config
+        return refreshed(config) if config.borrows else config
     own_head = not single_stack or any(getattr(config, name) != getattr(BlockLocalConfig, name) for name in OWN_HEAD)
     config = replace(config, head_layers=0 if own_head else default_head_layers(config.num_blocks))
-    live = (config.head_refresh_steps, config.head_refresh_lag) == (1, 0)
-    if config.head_layers > 0 and live and config.block_parallel_size > 1:
-        return replace(config, head_refresh_steps=REFRESH_STEPS, head_refresh_lag=REFRESH_LAG)
-    return config
+    return refreshed(config) if config.borrows else config
+
+
+def refreshed(config: BlockLocalConfig) -> BlockLocalConfig:
+    """Return a configuration whose heads use late copies of later blocks, where those are in other processes.
+
+    Args:
+        config: What was asked for, by someone whose heads use something of later blocks.
+    """
+    live = (config.head_refresh_steps, config.head_refresh_lag, config.head_refresh_decay) == (1, 0, 0)
+    if not live or config.block_parallel_size == 1:
+        return config
+    return replace(config, head_refresh_steps=REFRESH_STEPS, head_refresh_lag=REFRESH_LAG)

@@ -26,6 +26,7 @@ from hf_blocklocal.building import build_heads, build_shortcut, lent_to_heads
 from hf_blocklocal.config import BlockLocalConfig
 from hf_blocklocal.defaults import settled
 from hf_blocklocal.errors import UnsupportedSettingError
+from hf_blocklocal.losses import Contrast
 from hf_blocklocal.model_costs import HeadCosts, LayerCosts, ModelCosts, Weight
 from hf_blocklocal.partition import even_spans
 from hf_blocklocal.shortcut import Shortcut
@@ -146,7 +147,8 @@ def _cut_everywhere(model: nn.Module, config: BlockLocalConfig, trace: Trace, se
             up_to = [set().union(*reach[: block + 1]) for block in range(num_layers)]
             in_first = copy.copy(step)
             in_first.shortcut = Shortcut(model, cut, trace, config.head_layers, up_to, confines=step.shortcut.confines)
-    lent = list(lent_to_heads(model, trace.task, step.shortcut, owners, num_layers))
+    contrasts = trace.task.target == "vocabulary" and any(isinstance(head.loss, Contrast) for head in step.heads)
+    lent = list(lent_to_heads(model, step.shortcut, owners, num_layers, contrasts_tokens=contrasts))
     weights = {
         name: Weight(
             parameter.numel(),

@@ -79,8 +79,9 @@ REFRESHED = {"head_refresh_steps": 10, "head_refresh_lag": 10}
 def settled(case, *, processes):
     """Return a case as it is to be run in one process, or in one for every block."""
     config = {"num_blocks": 2, **case["config"]}
-    if "head_layers" not in config and "head_refresh_steps" not in config and case["specimen"] not in ("t5",):
-        config |= REFRESHED if processes == 1 else {}
+    borrows = config.get("head_layers") != 0 and case["specimen"] != "t5"
+    if processes == 1 and borrows and not any(name.startswith("head_refresh") for name in config):
+        config |= REFRESHED
     return case | {"config": config | ({"block_parallel_size": processes} if processes > 1 else {})}
 
 
