@@ -93,6 +93,19 @@ def check_block_parallel(args: TrainingArguments, config: BlockLocalConfig) -> N
         )
 
 
+def check_model_given(given: bool) -> None:
+    """Refuse a model that is made anew for every run, where only one block of it stays in a process.
+
+    Raises:
+        UnsupportedSettingError: If there is a `model_init`, as hyperparameter search needs.
+    """
+    if not given:
+        raise UnsupportedSettingError(
+            "model_init, and hyperparameter search with it, cannot be used with block_parallel_size above 1: a process "
+            "keeps one block of the model that it is given. Pass model=..., and search in one process."
+        )
+
+
 def check_optimizer_not_given(given: bool) -> None:
     """Refuse an optimizer that a user has made, where it would hold weights of other processes.
 

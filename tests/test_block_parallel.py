@@ -18,6 +18,7 @@ from test_data_parallel import free_port
 pytestmark = pytest.mark.launch
 
 SCRIPT = Path(__file__).parent / "launched" / "block_parallel.py"
+CONFIG = Path(__file__).parents[1] / "configs" / "accelerate" / "cpu_2.yaml"
 SAVED = {"save_strategy": "steps", "save_steps": 3}
 BEST = {
     **SAVED,
@@ -89,8 +90,8 @@ def command(folder, cases, processes):
     arguments = [str(SCRIPT), str(folder), json.dumps(cases)]
     if processes == 1:
         return [sys.executable, *arguments]
-    options = ["--multi_gpu", "--num_processes", str(processes), "--num_machines", "1", "--mixed_precision", "no"]
-    options += ["--dynamo_backend", "no", "--main_process_port", str(free_port())]
+    options = ["--config_file", str(CONFIG), "--num_processes", str(processes)]
+    options += ["--main_process_port", str(free_port())]
     return [sys.executable, "-m", "accelerate.commands.launch", *options, *arguments]
 
 

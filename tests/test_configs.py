@@ -6,6 +6,7 @@ import importlib.util
 from pathlib import Path
 
 import pytest
+from accelerate.commands.config.config_args import load_config_from_file
 from transformers import TrainingArguments
 
 from hf_blocklocal import BlockLocalConfig
@@ -13,6 +14,7 @@ from hf_blocklocal import BlockLocalConfig
 
 ROOT = Path(__file__).parents[1]
 TRAIN = sorted((ROOT / "configs" / "train").glob("*.yaml"))
+LAUNCH = sorted((ROOT / "configs" / "accelerate").glob("*.yaml"))
 
 
 def script(name):
@@ -28,6 +30,16 @@ def script(name):
 
 def test_there_are_configurations():
     assert TRAIN
+    assert {path.stem for path in LAUNCH} == {"cpu_2", "gpus_2", "gpus_4", "gpus_8", "nodes_2"}
+
+
+@pytest.mark.parametrize("path", LAUNCH, ids=lambda path: path.stem)
+def test_a_launch_configuration_is_read_by_accelerate(path):
+    config = load_config_from_file(str(path))
+    assert config.distributed_type == "MULTI_GPU"
+    assert config.num_processes == {"cpu_2": 2, "gpus_2": 2, "gpus_4": 4, "gpus_8": 8, "nodes_2": 8}[path.stem]
+    assert config.num_machines == (2 if path.stem == "nodes_2" else 1)
+    assert f"`accelerate/{path.name}`" in (ROOT / "configs" / "README.md").read_text()
 
 
 @pytest.mark.parametrize("path", TRAIN, ids=lambda path: path.stem)

@@ -24,7 +24,7 @@ from hf_blocklocal.parallel.gathering import gather_samples, gather_to_first, sh
 from hf_blocklocal.parallel.leaving import Leaving
 from hf_blocklocal.parallel.shards import OptimizerShard, plain_values_in, state_of, tensors_in
 from hf_blocklocal.parallel.stationing import Stationing
-from hf_blocklocal.settings import check_block_parallel, check_optimizer_not_given
+from hf_blocklocal.settings import check_block_parallel, check_model_given, check_optimizer_not_given
 
 
 class PlacesBlocks(Trainer):
@@ -60,6 +60,7 @@ class PlacesBlocks(Trainer):
     def _take_station(self) -> None:
         """Let go of what belongs to other processes."""
         if self._chain is not None:
+            check_model_given(self.model_init is None)
             self._stationing = Stationing(self.assembly, self._chain, self._first_batch())
             self._stationing.move_(self.args.device)
             self.accelerator.prepare_model(self.model, device_placement=False, evaluation_mode=True)

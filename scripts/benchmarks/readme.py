@@ -11,6 +11,7 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 
@@ -53,6 +54,8 @@ def sections() -> dict[str, str]:
         "benchmarks": "\n".join(benchmarks) + "\n",
         "assisted": "\n".join(assisted(load("assisted_generation-cpu"))) + "\n",
     }
+    if (HERE / "results" / "block_parallel-cpu.json").is_file():
+        result["block_parallel"] = "\n".join(block_parallel(load("block_parallel-cpu"))) + "\n"
     if (HERE / "results" / "pipelining-cpu.json").is_file():
         result["pipelining"] = "\n".join(pipelining(load("pipelining-cpu"))) + "\n"
     if (HERE / "results" / "scale-cpu.json").is_file():
@@ -149,6 +152,31 @@ def step_time(report: dict[str, Any]) -> list[str]:
             missed = " !" if row["target_met"] is False else ""
             lines.append(f"| {row['model']} | {row['method']} | {spread}{missed} |")
     return lines
+
+
+def block_parallel(report: dict[str, Any]) -> list[str]:
+    """Throughput of a block per process beside the other ways of training."""
+    size = report["size"]
+    one = "times block-local, one process"
+    lines = [
+        f"**Throughput** of a BERT of {size['layers']} layers, width {size['width']}, batches of {size['batch']} x",
+        f"{size['sequence']} tokens, an optimizer step per batch; median [range] of {report['rounds']} rounds;",
+        f"{where(report).replace(', one run', '')}.",
+        "The first ratio is of wall time on these cores, the second of processor time in the busiest process: what",
+        "processes with a core each would reach if none waited.",
+        "",
+        "| | samples/s | x one process, wall | x one process, processor time | time waited, by block |",
+        "|---|---|---|---|---|",
+    ]
+    for row in report["results"]:
+        ratios = [f"{median(row[one][clock]):.2f} {_range(row[one][clock])}" for clock in ("wall", "processor")]
+        waited = ", ".join(f"{share:.0%}" for share in row["waited"]) if "block-local" in row["way"] else ""
+        lines.append(f"| {row['way']} | {row['samples_per_second']:.1f} | {ratios[0]} | {ratios[1]} | {waited} |")
+    return lines
+
+
+def _range(values: Sequence[float]) -> str:
+    return f"[{min(values):.2f}-{max(values):.2f}]"
 
 
 def pipelining(report: dict[str, Any]) -> list[str]:

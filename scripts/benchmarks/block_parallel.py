@@ -1,0 +1,166 @@
+"""Throughput of a block per process beside one process with all blocks, backpropagation, and data parallelism.
+
+Every way of training is started anew in each round, one after the other, with `accelerate launch` where it takes
+several processes, one thread each, the same global batch and an optimizer step per batch. Told per way: samples per
+second, the processor time of a step in the busiest process, and the share of time that each process waited for a
+neighbour. On a machine whose cores others use as well, wall time says little; a ratio of processor times says what
+processes with a core each would reach, if nothing waited.
+
+    OMP_NUM_THREADS=1 python scripts/benchmarks/block_parallel.py
+    OMP_NUM_THREADS=1 python scripts/benchmarks/block_parallel.py --rounds 1 --width 64 --steps 4   # does it run?
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from common import (
+    Size,
+    build_examples,
+    build_model,
+    build_trainer,
+    chosen_size,
+    parse,
+    parser,
+    prepare,
+    print_table,
+    write_report,
+)
+
+
+SIZE = Size(layers=8, batch=16)
+WARM_UP = 4
+ONE, BACKPROPAGATION = "block-local, one process", "backpropagation, one process"
+# By name: processes, fields of BlockLocalConfig (none for the plain Trainer), and by how much a batch is divided.
+WAYS: dict[str, tuple[int, dict[str, Any] | None, int]] = {
+    BACKPROPAGATION: (1, None, 1),
+    ONE: (1, {"num_blocks": 2}, 1),
+    "block-local, 2 processes": (2, {"num_blocks": 2, "block_parallel_size": 2}, 1),
+    "block-local, 4 processes": (4, {"num_blocks": 4, "block_parallel_size": 4}, 1),
+    "backpropagation, 2 processes, data parallel": (2, None, 2),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Time every way of training in rotation, print a table, write it as JSON."""
+    arguments = parser("Throughput of a block per process.", cpu=SIZE)
+    arguments.add_argument("--rounds", type=int, default=5, help="Times that every way has its turn.")
+    arguments.add_argument("--steps", type=int, default=30, help="Steps timed in a turn.")
+    arguments.add_argument("--work", help=argparse.SUPPRESS)
+    options = parse(arguments, argv)
+    options.device = options.device or "cpu"
+    size = chosen_size(options, SIZE)
+    if options.work:
+        train(options.work, size, options)
+        return
+    rounds = []
+    for number in range(options.rounds):
+        rounds.append({way: start(way, options) for way in WAYS})
+        print(f"round {number + 1} of {options.rounds}", flush=True)
+    results = [summary(way, rounds, size) for way in WAYS]
+    show(results)
+    report = {"size": size, "rounds": options.rounds, "steps": options.steps, "results": results}
+    print(f"\nWritten to {write_report('block_parallel', options.device, options, report)}")
+
+
+def start(way: str, options: argparse.Namespace) -> list[dict[str, float]]:
+    """Train in a way once; return what each process has told."""
+    processes, _, _ = WAYS[way]
+    with tempfile.TemporaryDirectory() as folder, socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port = listener.getsockname()[1]
+        listener.close()
+        command = [str(Path(__file__)), *options.words, "--work", way]
+        if processes > 1:
+            launch = ["--multi_gpu", "--num_processes", str(processes), "--num_machines", "1"]
+            launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", str(port)]
+            command = ["-m", "accelerate.commands.launch", *launch, *command]
+        environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": str(options.threads)}
+        environment["BENCHMARK_FOLDER"] = folder
+        subprocess.run([sys.executable, *command], env=environment, check=True, stderr=subprocess.DEVNULL)
+        return [json.loads(path.read_text()) for path in sorted(Path(folder).glob("told-*.json"))]
+
+
+def train(way: str, size: Size, options: argparse.Namespace) -> None:
+    """Train in one process of a way and leave what was measured."""
+    prepare(options)
+    from transformers import TrainerCallback
+
+    _, block_local, divided = WAYS[way]
+    steps = WARM_UP + options.steps
+    trainer = build_trainer(
+        build_model("encoder", size),
+        build_examples("encoder", size, size.batch * steps),
+        os.environ["BENCHMARK_FOLDER"],
+        device="cpu",
+        block_local=block_local,
+        max_steps=steps,
+        per_device_train_batch_size=size.batch // divided,
+        # Every look at whether a loss is a number waits for nobody on a CPU; on a GPU it would.
+        logging_nan_inf_filter=False,
+    )
+    chain = getattr(trainer, "_chain", None)
+    marks: list[tuple[float, float, float]] = []
+
+    class Stamp(TrainerCallback):
+        def on_step_end(self, _args: Any, state: Any, *_: Any, **__: Any) -> None:
+            if state.global_step in (WARM_UP, steps):
+                waited = 0.0 if chain is None else chain.idle_seconds
+                marks.append((time.perf_counter(), time.process_time(), waited))
+
+    trainer.add_callback(Stamp())
+    trainer.train()
+    (wall, busy, waited) = (stop - start for start, stop in zip(*marks, strict=True))
+    told = {"wall": wall / options.steps, "processor": busy / options.steps, "waited": waited / wall}
+    folder = Path(os.environ["BENCHMARK_FOLDER"])
+    (folder / f"told-{trainer.args.process_index}.json").write_text(json.dumps(told))
+
+
+def summary(way: str, rounds: Sequence[dict[str, list[dict[str, float]]]], size: Size) -> dict[str, Any]:
+    """Put the rounds of one way beside those of one process."""
+
+    def busiest(name: str, each: dict[str, list[dict[str, float]]], clock: str) -> float:
+        return max(process[clock] for process in each[name])
+
+    result: dict[str, Any] = {"way": way, "processes": WAYS[way][0], "rounds": [each[way] for each in rounds]}
+    result["samples_per_second"] = median(size.batch / busiest(way, each, "wall") for each in rounds)
+    result["processor_ms"] = median(1e3 * busiest(way, each, "processor") for each in rounds)
+    for other in (ONE, BACKPROPAGATION):
+        result[f"times {other}"] = {
+            clock: sorted(busiest(other, each, clock) / busiest(way, each, clock) for each in rounds)
+            for clock in ("wall", "processor")
+        }
+    by_process = zip(*(each[way] for each in rounds), strict=True)
+    result["waited"] = [median(process["waited"] for process in told) for told in by_process]
+    return result
+
+
+def show(results: Sequence[dict[str, Any]]) -> None:
+    """Print the results."""
+    header = ["", "samples/s", "busiest, ms", "x one process, wall", "x one process, processor", "waited, by block"]
+    rows = []
+    for each in results:
+        ratios = [spread(each[f"times {ONE}"][clock]) for clock in ("wall", "processor")]
+        waited = " ".join(f"{share:.0%}" for share in each["waited"]) if "block-local" in each["way"] else ""
+        rows.append([each["way"], f"{each['samples_per_second']:.1f}", f"{each['processor_ms']:.0f}", *ratios, waited])
+    print_table(header, rows, left=1)
+
+
+def spread(ratios: Sequence[float]) -> str:
+    """Return the median of sorted ratios with their range."""
+    return f"{median(ratios):.2f} [{ratios[0]:.2f}-{ratios[-1]:.2f}]"
+
+
+if __name__ == "__main__":
+    main()
