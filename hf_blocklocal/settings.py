@@ -101,8 +101,8 @@ def check_model_given(given: bool) -> None:
     """
     if not given:
         raise UnsupportedSettingError(
-            "model_init, and hyperparameter search with it, cannot be used with block_parallel_size above 1: a process "
-            "keeps one block of the model that it is given. Pass model=..., and search in one process."
+            "model_init, and hyperparameter search with it, cannot be used with block_parallel_size above 1: a "
+            "process keeps one block of the model that it is given. Pass model=..., and search in one process."
         )
 
 

@@ -40,6 +40,7 @@ TWO = {
         "specimen": "gpt2",
         "dropout": 0.1,
         "args": SAVED,
+        "generates": [[5, 6, 7]],
         "config": {"head_refresh_steps": 2, "head_refresh_lag": 3, "tied_weights": "untie"},
     },
     "gpt2, frozen": {"specimen": "gpt2", "dropout": 0.1, "config": {"head_layers": 0, "tied_weights": "freeze"}},
@@ -161,6 +162,7 @@ def test_the_same_weights_and_metrics_wherever_blocks_are(runs, name, first, sec
     for log in logs:
         assert without_times(log["metrics"]) == without_times(reference["metrics"])
         assert log["predictions"] == reference["predictions"]
+        assert log["generated"] == reference["generated"]
 
 
 @pytest.mark.parametrize(("name", "first", "second", "processes"), PLACES, ids=[place[0] for place in PLACES])
@@ -173,6 +175,11 @@ def test_logs_are_those_of_one_process(runs, name, first, second, processes):
 def test_no_process_holds_the_whole_model(runs, name, first, second, processes):
     assert all(log["held"] < 0.85 for log in logs_of(runs / second / name))
     assert all(log["held"] == 1 for log in logs_of(runs / first / name))
+
+
+def test_the_whole_model_generates_in_every_process(runs):
+    logs = logs_of(runs / "two" / "gpt2")
+    assert [len(log["generated"][0]) for log in logs] == [9, 9]
 
 
 def test_nothing_stalls_the_stream(runs):

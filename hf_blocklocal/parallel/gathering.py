@@ -46,6 +46,21 @@ def gather_to_first(chain: Chain, tensors: Mapping[str, Tensor], facts: Any = No
     return together, said
 
 
+def give_to_all(chain: Chain, tensors: Mapping[str, Tensor], names: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Give every process what the one that writes checkpoints has gathered, one tensor at a time.
+
+    Args:
+        chain: The place of this process.
+        tensors: What has been gathered, on the CPU; looked at only there.
+        names: Tensors of the same names, shapes and dtypes, values aside, in the same order in all processes.
+    """
+    given = {}
+    for name, form in names.items():
+        given[name] = tensors[name].contiguous() if chain.writes else torch.empty_like(form, device="cpu")
+        dist.broadcast(given[name], 0, group=chain.control)
+    return given
+
+
 def share_from_last(chain: Chain, value: Any, device: torch.device) -> Any:
     """Give all processes of a chain what the one with the last block has.
 

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from hf_blocklocal.assembly import Assembly
-from hf_blocklocal.errors import BatchMismatchError
+from hf_blocklocal.errors import BatchMismatchError, UnsupportedSettingError
 from hf_blocklocal.parallel.chain import Chain
 from hf_blocklocal.parallel.exchange import WeightExchange
-from hf_blocklocal.parallel.gathering import gather_to_first
+from hf_blocklocal.parallel.gathering import gather_to_first, give_to_all
 from hf_blocklocal.parallel.needs import trace_needs
 from hf_blocklocal.parallel.stage import Stage, let_go_, move_, names_of, unneeded_here
 
@@ -89,6 +89,26 @@ class Stationing:
         for name, tensor in module.state_dict(keep_vars=True).items():
             whole[name] = gathered.get(self.names.get(tensor, name), tensor.detach())
         return whole
+
+    def whole_model(self) -> nn.Module:
+        """Return the whole model as it is now, in every process, on the CPU and apart from the one that is trained.
+
+        Raises:
+            UnsupportedSettingError: If the model cannot be made from its config.
+        """
+        model = self._assembly.module.model
+        if not callable(getattr(model, "_from_config", None)):
+            raise UnsupportedSettingError(
+                f"{type(model).__name__} cannot be made anew from its config. Save the model, and load it from there."
+            )
+        forms = {
+            name: tensor for name, tensor in self._assembly.module.state_dict().items() if name.startswith("model.")
+        }
+        weights = give_to_all(self._chain, self.checkpoint(), forms)
+        with torch.random.fork_rng():
+            whole = type(model)._from_config(model.config)
+        whole.load_state_dict({name.removeprefix("model."): tensor for name, tensor in weights.items()})
+        return whole.eval()
 
     def _lent_as_it_is(self) -> set[str]:
         """Return the names of what this block's head uses of later blocks and nobody trains."""

@@ -212,6 +212,17 @@ class PlacesBlocks(Trainer):
             return nullcontext()
         return self.assembly.step.boundaries.attached(lambda *_: None)
 
+    def whole_model(self) -> nn.Module:
+        """Return the whole model as it is now, for example to generate with: in every process, on its device.
+
+        With all blocks in one process that is the model that is trained; else it is a copy of it. All processes must
+        call it together.
+        """
+        if self._chain is None:
+            return self.model
+        with self._telling_others():
+            return self._stationing.whole_model().to(self.args.device)
+
     # ---- Checkpoints ----
 
     def _whole_state(self) -> dict[str, Tensor] | None:

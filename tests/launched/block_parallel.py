@@ -4,7 +4,7 @@ Usage: block_parallel.py OUTPUT_DIR CASES
 
 CASES is JSON: for each case by name its `specimen`, `batch_size` per device, fields of `BlockLocalConfig` in `config`,
 of `TrainingArguments` in `args`, and, as needed, `dropout`, `resume` (a checkpoint), `odd` (a rank that reads other
-batches), `raises`, `killed` and `stopped` (rank and step).
+batches), `raises`, `killed` and `stopped` (rank and step), `generates` (a prompt).
 """
 
 from __future__ import annotations
@@ -123,11 +123,16 @@ def run(folder, case):
     predicted = trainer.predict(rows[:11], metric_key_prefix="test")
     trainer.save_model(str(folder / "final"))
     predictions = predicted.predictions[0] if isinstance(predicted.predictions, tuple) else predicted.predictions
+    generated = []
+    if case.get("generates"):
+        prompt = torch.tensor(case["generates"])
+        generated = trainer.whole_model().eval().generate(prompt, do_sample=False, max_new_tokens=6).tolist()
     parameters = list(trainer.assembly.module.parameters())
     log = {
         "metrics": {**trainer.evaluate(), **predicted.metrics},
         "predictions": torch.as_tensor(predictions).flatten().tolist()[:64],
         "history": trainer.state.log_history,
+        "generated": generated,
         "collectives": counter.per_step if counter is not None else [],
         "held": sum(p.numel() for p in parameters if not p.is_meta) / sum(p.numel() for p in parameters),
     }
