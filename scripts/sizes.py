@@ -27,9 +27,11 @@ def measure_sizes(trainer: Trainer, threshold: float) -> list[dict[str, Any]]:
     train = DataLoader(trainer.train_dataset, size, shuffle=True, generator=order, collate_fn=collate)
     steps = min(100, trainer.state.max_steps)
     fit = None if assembly.heads[0].borrows else Fit(train, steps)  # heads that borrow layers are models already
-    opened = open_trained(assembly, inputs=trainer._prepare_inputs(test[0]))
+    alone = any(parameter.is_meta for parameter in assembly.module.parameters())
+    source = arguments.output_dir if alone else assembly  # where blocks are in several processes, what was saved
+    opened = open_trained(source, inputs=trainer._prepare_inputs(test[0]))
     sizes = measure_depths(opened, test, fit=fit, count=False)
-    exits = early_exit(assembly, threshold=threshold, inputs=opened.inputs)
+    exits = early_exit(source, threshold=threshold, inputs=opened.inputs)
     layers = len(assembly.cut.layers)
     sizes.insert(-1, measure(exits, test, name=f"early exit at {threshold:g}", layers=layers, count=False))
     return [row.to_dict() for row in sizes]
