@@ -128,6 +128,11 @@ class Copies:
             weight = weights[name].to(copy.device)
             copy.lerp_(weight, 1 - decay) if decay > 0 else copy.copy_(weight)
 
+    def fetch(self) -> None:
+        """Wait for all weights that are on their way, so that nothing is left on it."""
+        for step in self._waiting:
+            self._waited_for(step)
+
     def _waited_for(self, step: int) -> dict[str, Tensor]:
         weights = self._waiting[step]
         if weights is None:

@@ -7,10 +7,10 @@ blocks. A chain is consecutive ranks, so that its messages stay within a machine
 from __future__ import annotations
 
 import atexit
-import logging
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import partial
@@ -23,8 +23,6 @@ from hf_blocklocal.errors import UnsupportedSettingError
 from hf_blocklocal.parallel.peers import Peers
 from hf_blocklocal.parallel.stream import Inbox, Link, Outbox
 
-
-logger = logging.getLogger(__name__)
 
 # Between two runs nobody sends for as long as a user likes; who is lost is found out otherwise.
 _PATIENCE = timedelta(days=7)
@@ -63,6 +61,7 @@ class Chain:
     outbox: Outbox | None = None
     _outboxes: list[Outbox] = field(default_factory=list, repr=False)
     _inboxes: list[Inbox] = field(default_factory=list, repr=False)
+    _sessions: int = field(default=0, repr=False)
     _failed: bool = field(default=False, repr=False)
 
     @property
@@ -138,19 +137,32 @@ class Chain:
         self._failed = True
         self.peers.report(error)
 
-    def close(self) -> None:
-        """Let the neighbours go, once everything has been said."""
+    @contextmanager
+    def session(self) -> Iterator[None]:
+        """Keep the streams open inside the `with`; sessions within a session are part of it.
+
+        All processes of a chain must begin and end it together. After an error the streams are left as they are: the
+        process is to end.
+        """
+        self._sessions += 1
+        boxes = [*self._outboxes, *self._inboxes]
+        if self._sessions == 1:
+            for box in boxes:
+                box.open()
+        yield
+        if self._sessions == 1:
+            for box in boxes:
+                box.close()
+        self._sessions -= 1
+
+    def leave(self) -> None:
+        """Say no more to anyone: the process is about to end."""
+        self.peers.stop()
         if self._failed:
             # Threads that still wait for a neighbour would be cut off in the middle of it.
             sys.stdout.flush()
             sys.stderr.flush()
             os._exit(1)
-        for box in [*self._outboxes, *self._inboxes]:
-            box.close()
-        ended = [box.join(10.0) for box in [*self._outboxes, *self._inboxes]]
-        self.peers.stop()
-        if not all(ended):
-            logger.warning("A neighbour of block %d has not said goodbye.", self.block)
 
 
 class ReplicaMesh:
@@ -215,7 +227,7 @@ def form_chains(num_blocks: int, device: torch.device, *, peer_timeout: float) -
     outboxes, inboxes = chain.connect([(block, block + 1) for block in range(num_blocks - 1)])
     chain.outbox = next(iter(outboxes.values()), None)
     chain.inbox = next(iter(inboxes.values()), None)
-    atexit.register(chain.close)
+    atexit.register(chain.leave)
     return chain
 
 

@@ -64,15 +64,23 @@ class Message:
 
 
 class _Worker:
-    """A thread at one end of a link, and the queue between it and the process."""
+    """A thread at one end of a link, and the queue between it and the process.
 
-    def __init__(self, link: Link, watch: Callable[[BaseException | None], None], name: str) -> None:
+    It runs from `open` to `close`, which both ends call: a process that ended, or left its process groups, while a
+    thread of its was still listening, would be cut off in the middle of it.
+    """
+
+    def __init__(self, link: Link, watch: Callable[[BaseException | None], None]) -> None:
         self.link = link
         self._watch = watch
         self.waited = 0.0
         self._queue: queue.Queue[Any] = queue.Queue(DEPTH)
         self._error: BaseException | None = None
-        self._thread = threading.Thread(target=self._work, name=f"{name} rank {link.peer}", daemon=True)
+        self._thread: threading.Thread | None = None
+
+    def open(self) -> None:
+        """Start to work."""
+        self._thread = threading.Thread(target=self._work, name=f"{type(self).__name__} {self.link.peer}", daemon=True)
         self._thread.start()
 
     def _run(self) -> None:
@@ -98,10 +106,11 @@ class _Worker:
         finally:
             self.waited += time.perf_counter() - start
 
-    def join(self, timeout: float) -> bool:
-        """Wait for the thread to end. Returns whether it has."""
-        self._thread.join(timeout)
-        return not self._thread.is_alive()
+    def _join(self) -> None:
+        while self._thread.is_alive():
+            self._thread.join(_POLL)
+            self._watch(self._error)
+        self._thread = None
 
 
 class Outbox(_Worker):
@@ -112,9 +121,6 @@ class Outbox(_Worker):
         watch: Called now and then while there is nothing to do but wait, with an error of the thread if it has one;
             raises where waiting is in vain.
     """
-
-    def __init__(self, link: Link, watch: Callable[[BaseException | None], None]) -> None:
-        super().__init__(link, watch, "send to")
 
     def send(self, facts: Mapping[str, Any], value: Any) -> None:
         """Send a message, and return at once unless `DEPTH` others are waiting.
@@ -127,8 +133,9 @@ class Outbox(_Worker):
         self._put((encoded(header, HEADER_BYTES), tensors))
 
     def close(self) -> None:
-        """Tell the other side that nothing more will come."""
+        """Tell the other side that nothing more will come for now, and wait until everything has been taken."""
         self._put((encoded({}, HEADER_BYTES), []))
+        self._join()
 
     def _put(self, item: tuple[Tensor, list[Tensor]]) -> None:
         with self._waiting():
@@ -159,8 +166,8 @@ class Inbox(_Worker):
     """
 
     def __init__(self, link: Link, watch: Callable[[BaseException | None], None]) -> None:
+        super().__init__(link, watch)
         self._closing = threading.Event()
-        super().__init__(link, watch, "receive from")
 
     def take(self) -> Message:
         """Return the next message, waiting for it if need be."""
@@ -192,5 +199,8 @@ class Inbox(_Worker):
                 break
 
     def close(self) -> None:
-        """Let everything that still comes go by, until the other side says that nothing more will."""
+        """Let everything that still comes go by, until the other side says that nothing more will for now."""
         self._closing.set()
+        self._join()
+        self._closing.clear()
+        self._queue = queue.Queue(DEPTH)

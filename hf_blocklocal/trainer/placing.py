@@ -92,16 +92,20 @@ class PlacesBlocks(Trainer):
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Tell the other processes why, if this one fails."""
-        with self._leaving or nullcontext(), self._telling_others():
+        with self._leaving or nullcontext(), self._session():
             return super().train(*args, **kwargs)
 
     @contextmanager
-    def _telling_others(self) -> Iterator[None]:
+    def _session(self) -> Iterator[None]:
+        """Exchange messages with the other processes inside the `with`, and tell them why if this one fails."""
         if self._chain is None:
             yield
             return
         try:
-            yield
+            with self._chain.session():
+                yield
+                if self.assembly.copies is not None:
+                    self.assembly.copies.fetch()
         except BaseException as error:
             if "Connection" in str(error) and not isinstance(error, BlockPeerError):
                 self._chain.peers.look_for_missing()  # raises what is behind the broken connection
@@ -176,7 +180,7 @@ class PlacesBlocks(Trainer):
         """Gather over the copies of the last block alone."""
         if self._chain is not None:
             self.gather_function = self._gather_samples
-        with self._telling_others():
+        with self._session():
             return super().evaluation_loop(*args, **kwargs)
 
     def _gather_samples(self, value: Any) -> Any:
@@ -220,7 +224,7 @@ class PlacesBlocks(Trainer):
         """
         if self._chain is None:
             return self.model
-        with self._telling_others():
+        with self._session():
             return self._stationing.whole_model().to(self.args.device)
 
     # ---- Checkpoints ----

@@ -181,6 +181,10 @@ class BlockLocalTrainer(EvaluatesBlocks, SavesBlocks, PushesRuns, PlacesBlocks, 
         Returns:
             The loss of the last block that is here, detached.
         """
+        with self._session():
+            return self._training_step(model, inputs, num_items_in_batch)
+
+    def _training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any) -> Tensor:
         model.train()
         if self.assembly.last == 0:
             loss = super().training_step(self._forward, inputs, num_items_in_batch)
