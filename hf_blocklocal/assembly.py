@@ -33,8 +33,9 @@ from hf_blocklocal.inlets import Inlets
 from hf_blocklocal.losses import Contrast
 from hf_blocklocal.partition import Span
 from hf_blocklocal.sampling import mixed, with_candidates
+from hf_blocklocal.spans import read_spans
 from hf_blocklocal.step import LocalStep
-from hf_blocklocal.targets import Targets, Task, read_targets
+from hf_blocklocal.targets import Targets, Task, labels_of, read_targets
 from hf_blocklocal.trace import owners_of, plan_cut, plan_spans, trace_layers, trace_reach
 from hf_blocklocal.tying import freeze_shared_, with_tied_weights_settled_
 
@@ -112,7 +113,7 @@ class Assembly:
         """
         if self.task is None:
             return None
-        targets = read_targets(self.task, inputs)
+        targets = read_spans(inputs) if self.task.target == "spans" else read_targets(self.task, inputs)
         if self.task.target != "vocabulary" or not any(isinstance(head.loss, Contrast) for head in self.heads):
             return targets
         generator = torch.Generator().manual_seed(mixed(seed))
@@ -224,7 +225,7 @@ def assemble(
     trace = trace_layers(model, find_stacks(model, config.layers), inputs)
     cut = plan_cut(trace, config)
     config = settled(config, single_stack=trace.stacks[-1] == 0)
-    device = inputs["labels"].device
+    device = labels_of(inputs).device
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
         heads = build_heads(model, config, trace, cut, label_smoothing)

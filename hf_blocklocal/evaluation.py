@@ -19,7 +19,7 @@ from torch import Tensor
 from hf_blocklocal.anatomy import outputs_not_recorded
 from hf_blocklocal.losses import LocalLoss, Messages
 from hf_blocklocal.step import LocalStep
-from hf_blocklocal.targets import Targets
+from hf_blocklocal.targets import Targets, labels_of
 
 
 # Rows of scores over a whole vocabulary that are held at a time.
@@ -48,7 +48,7 @@ class BlockScores:
             inputs: The model's inputs with labels.
         """
         self._has_hits = targets.task.target != "regression"
-        heads, batch_size = self.step.heads, inputs["labels"].shape[0]
+        heads, batch_size = self.step.heads, labels_of(inputs).shape[0]
         columns_BK3 = torch.zeros(batch_size, len(heads), 3, device=targets.values.device)
 
         def leave(block: int, hidden: Tensor, _router_logits: tuple[Tensor, ...]) -> None:

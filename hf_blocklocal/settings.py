@@ -154,9 +154,14 @@ def check_loss_settings(task: Task, config: BlockLocalConfig, *, label_smoothing
             f"satisfied_at={config.satisfied_at} masks targets one by one, and compute_loss_func gives one loss "
             "for all of them. Leave one of the two out."
         )
-    if label_smoothing and task.target in ("regression", "multi_label"):
+    if label_smoothing and task.target in ("regression", "multi_label", "spans"):
         raise UnsupportedSettingError(
             f"label_smoothing_factor={label_smoothing} has no meaning for {task.target} targets. Set it to 0."
+        )
+    if custom_loss and task.target == "spans":
+        raise UnsupportedSettingError(
+            "compute_loss_func cannot teach the blocks of a model that answers with a span: it is given no 'labels', "
+            "and heads predict starts and ends one by one. Leave it out, or use num_blocks=1."
         )
     if custom_loss and task.per_position:
         raise UnsupportedSettingError(

@@ -22,6 +22,7 @@ from hf_blocklocal.blocks import Cut, Trail
 from hf_blocklocal.copies import Copies
 from hf_blocklocal.lending import read_only, replaced_forward, run_inside
 from hf_blocklocal.signals import beside_hidden
+from hf_blocklocal.spans import has_spans, span_logits
 from hf_blocklocal.trace import Trace
 
 
@@ -111,7 +112,7 @@ class Shortcut:
             tokens_C: Tokens to which a language-model head is confined; None for the whole vocabulary.
 
         Returns:
-            The model's logits, (B, C) or (B, S, C).
+            The model's logits, (B, C) or (B, S, C); of spans, those of start and end, (B, S, 2).
         """
         given = self._given(block, hidden, trail)
         beside = _Beside(self._cut.stacks)
@@ -188,7 +189,10 @@ def can_be_confined(model: nn.Module, inputs: Mapping[str, Any]) -> bool:
 
 def _logits(model: nn.Module, inputs: Mapping[str, Any]) -> Tensor:
     unneeded = set() if _needs_labels(model, inputs) else {"labels"}
+    unneeded |= {"start_positions", "end_positions"}
     outputs = run_inside(model, {name: value for name, value in inputs.items() if name not in unneeded})
+    if has_spans(inputs):
+        return span_logits(outputs)
     return outputs["logits"] if isinstance(outputs, Mapping) else outputs[0]
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +22,7 @@ from hf_blocklocal.errors import TargetError
 
 IGNORED = -100
 
-TargetKind = Literal["classes", "vocabulary", "multi_label", "regression"]
+TargetKind = Literal["classes", "vocabulary", "multi_label", "regression", "spans"]
 Alignment = Literal["pooled", "position"]
 Pooling = Literal["mean", "first", "last"]
 
@@ -33,7 +33,7 @@ class Task:
 
     Attributes:
         target: Kind of one target.
-        size: Classes, tokens of the vocabulary, labels or outputs to choose from.
+        size: Classes, tokens of the vocabulary, labels or outputs to choose from; 2 for the start and end of a span.
         per_position: Whether every position of the sequence has its own target.
         shifted: Whether position i predicts the label at i + 1.
     """
@@ -108,6 +108,16 @@ class Targets:
         if hidden.dim() == 2:
             return hidden, self.samples_N
         return pool(hidden, self._mask_for(hidden), pooling), self.samples_N
+
+    def answers(self, read: Tensor, index_N: Tensor | None, *, as_model: bool = False) -> Tensor:
+        """Return what was read for each target, (N, Z).
+
+        Args:
+            read: What a readout has made of each row that `rows` picked, (R, Z).
+            index_N: For each target the index of its row, as `rows` has it.
+            as_model: Whether this is what the model itself has said, to be compared as its own loss does.
+        """
+        return read if index_N is None else read[index_N]
 
     def mean_square(self, difference: Tensor) -> Tensor:
         """Return the mean square over units and positions; padding does not count.
@@ -209,20 +219,33 @@ def describe_task(
 
 
 def labels_of(inputs: Mapping[str, Tensor]) -> Tensor:
-    """Return the labels of a batch.
+    """Return the labels of a batch; of spans, their starts and ends, (B, 2).
 
     Raises:
         TargetError: If there are none.
     """
     labels = inputs.get("labels")
-    if labels is None and "start_positions" in inputs:
-        raise TargetError("The batch holds spans (start_positions), for which there is no feedback head yet.")
+    if labels is None and inputs.get("start_positions") is not None:
+        if inputs.get("end_positions") is None:
+            raise TargetError("The batch holds start_positions and no end_positions: a span has both. Add the column.")
+        return torch.stack([inputs[name].reshape(-1) for name in ("start_positions", "end_positions")], dim=1)
     if labels is None:
         raise TargetError(
             f"The batch holds no 'labels', only {sorted(inputs)}: block-local learning needs the target at every "
             "block. Add a 'labels' column to the data set, or use a data collator that makes one."
         )
     return labels
+
+
+def has_labels(inputs: Mapping[str, Any]) -> bool:
+    """Tell whether a batch says what is to be predicted."""
+    return inputs.get("labels") is not None or inputs.get("start_positions") is not None
+
+
+def two_dimensional_mask(inputs: Mapping[str, Tensor]) -> Tensor | None:
+    """Return the mask that tells input from padding, (B, S), if the batch has one."""
+    mask = inputs.get("attention_mask")
+    return mask if mask is not None and mask.dim() == 2 else None
 
 
 def read_targets(task: Task, inputs: Mapping[str, Tensor]) -> Targets:
@@ -236,8 +259,7 @@ def read_targets(task: Task, inputs: Mapping[str, Tensor]) -> Targets:
         The targets, none at all if every label is -100. Vocabulary targets are still token ids, without candidates.
     """
     labels = labels_of(inputs)
-    mask_BS = inputs.get("attention_mask")
-    mask_BS = mask_BS if mask_BS is not None and mask_BS.dim() == 2 else None
+    mask_BS = two_dimensional_mask(inputs)
     stretched = "input_values" in inputs or "input_features" in inputs
     if not task.per_position:
         samples_N = torch.arange(labels.shape[0], device=labels.device)
@@ -274,8 +296,9 @@ def choose_alignment(
         final_stack: Whether the block ends in the model's last stack; the encoder of an encoder-decoder does not.
 
     Returns:
-        `"position"` where hidden states and labels go together position by position. `"pooled"` for targets of whole
-        samples, and for encoders, whose pooled state is taught by all target tokens of its sample.
+        `"position"` where hidden states and labels go together position by position, and where the positions are the
+        answers. `"pooled"` for targets of whole samples, and for encoders, whose pooled state is taught by all target
+        tokens of its sample.
 
     Raises:
         TargetError: If targets and hidden states have different lengths.
@@ -285,7 +308,7 @@ def choose_alignment(
             f"The labels are for {labels_shape[0]} samples but a block puts out {tuple(hidden_shape)}: a head cannot "
             "tell which rows answer which target. Multiple choice is not supported."
         )
-    if not task.per_position or not final_stack:
+    if not task.per_position or not (final_stack or task.target == "spans"):
         return "pooled"
     if tuple(hidden_shape[:2]) != tuple(labels_shape):
         raise TargetError(

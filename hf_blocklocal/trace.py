@@ -26,6 +26,7 @@ from hf_blocklocal.config import BlockLocalConfig
 from hf_blocklocal.errors import CutError, TargetError
 from hf_blocklocal.partition import Span, even_spans, spans_by_cost, spans_from_boundaries
 from hf_blocklocal.signals import beside_hidden, first_tensor, given_hidden
+from hf_blocklocal.spans import SPANS, has_spans, sequence_shape, span_logits
 from hf_blocklocal.targets import Task, describe_task, labels_of
 
 
@@ -43,7 +44,7 @@ class Trace:
         costs: For each layer, its floating-point operations; those of the parts before the first and behind the last
             layer are added to these two.
         task: What is to be predicted.
-        labels_shape: Shape of the labels of the batch.
+        labels_shape: Shape of the labels of the batch; of the input that spans are places in.
         counts_items: Whether the model's loss heeds `num_items_in_batch`.
     """
 
@@ -127,7 +128,7 @@ def trace_layers(
     finally:
         for handle in handles:
             handle.remove()
-    loss, logits = _output(model, outputs, "loss", 0), _output(model, outputs, "logits", 1)
+    loss = _output(model, outputs, "loss", 0)
     used = [stack for stack in stacks if any(calls[path] for path in stack.layers)]
     check_layers_run_once(model, {path: calls[path] for stack in (used or stacks) for path in stack.layers})
     stack_of = {path: number for number, stack in enumerate(used) for path in stack.layers}
@@ -139,15 +140,28 @@ def trace_layers(
         forms=tuple(forms[path] for path in order),
         lends=tuple(lends[path] for path in order),
         costs=_costs(marks, flops.get_total_flops()),
-        task=describe_task(
-            labels,
-            logits,
-            vocabulary=vocabulary_size(model),
-            shifted=shifts_labels(model, loss, logits, labels) if loss_traits is None else loss_traits.shifts_labels,
-            problem_type=getattr(getattr(model, "config", None), "problem_type", None),
-        ),
-        labels_shape=tuple(labels.shape),
+        task=_task(model, inputs, outputs, loss_traits),
+        labels_shape=sequence_shape(inputs) if has_spans(inputs) else tuple(labels.shape),
         counts_items=(_counts_items(model, inputs, loss.device) if loss_traits is None else loss_traits.counts_items),
+    )
+
+
+def _task(model: nn.Module, inputs: Mapping[str, Any], outputs: Any, loss_traits: LossTraits | None) -> Task:
+    """Tell from one batch, and what a model has made of it, what is to be predicted."""
+    if has_spans(inputs):
+        if span_logits(outputs) is None:
+            raise TargetError(
+                f"{type(model).__name__} was given start_positions and returned no start_logits and end_logits, only "
+                f"{sorted(outputs)}. Use a model of AutoModelForQuestionAnswering that scores every position."
+            )
+        return SPANS
+    labels, loss, logits = labels_of(inputs), _output(model, outputs, "loss", 0), _output(model, outputs, "logits", 1)
+    return describe_task(
+        labels,
+        logits,
+        vocabulary=vocabulary_size(model),
+        shifted=shifts_labels(model, loss, logits, labels) if loss_traits is None else loss_traits.shifts_labels,
+        problem_type=getattr(getattr(model, "config", None), "problem_type", None),
     )
 
 

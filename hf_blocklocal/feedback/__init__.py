@@ -31,6 +31,7 @@ _NATURAL_FAMILY = {
     "vocabulary": "categorical",
     "multi_label": "bernoulli",
     "regression": "gaussian",
+    "spans": "categorical",
 }
 
 
@@ -125,7 +126,7 @@ def _check_options(config: BlockLocalConfig, task: Task, feedback: FeedbackNetwo
             f"satisfied_at={config.satisfied_at} is a probability, and the heads of regression targets give none. "
             "Leave it out."
         )
-    if config.sim > 0 and (task.target == "regression" or task.size == 1):
+    if config.sim > 0 and (task.target in ("regression", "spans") or task.size == 1):
         raise TargetError(
             f"sim={config.sim} compares one-hot targets with each other, which {task.target!r} targets of size "
             f"{task.size} are not. Leave it out, or use the preset 'pred'."

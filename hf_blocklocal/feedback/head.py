@@ -78,7 +78,8 @@ class FeedbackHead(nn.Module):
         rows_ND = None
         if self.loss.needs_rows:
             rows_ND = rows_RD if index_N is None else rows_RD[index_N]
-        return Messages(forward if index_N is None else forward[index_N], self.feedback(targets), targets, rows_ND)
+        answers = targets.answers(forward, index_N, as_model=self.borrows)
+        return Messages(answers, self.feedback(targets), targets, rows_ND)
 
     def forward(self, hidden: Tensor, targets: Targets, heard: Callable[[Messages], None] | None = None) -> Tensor:
         """Return the loss of each target, (N,), in nats; 0 without gradient where the target is satisfied.

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from hf_blocklocal.evaluation import BlockScores
+from hf_blocklocal.targets import has_labels
 from hf_blocklocal.trainer.placing import PlacesBlocks
 
 
@@ -30,7 +31,7 @@ class EvaluatesBlocks(PlacesBlocks):
 
     def prediction_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         """Score the heads in the forward pass of the parent's step."""
-        if self._scores is None or inputs.get("labels") is None:
+        if self._scores is None or not has_labels(inputs):
             with self._cut_here():
                 return super().prediction_step(model, inputs, *args, **kwargs)
         inputs = self._prepare_inputs(inputs)

@@ -213,7 +213,7 @@ class BlockLocalTrainer(EvaluatesBlocks, SavesBlocks, PushesRuns, PlacesBlocks, 
             learned=self._finish_block,
             inputs=inputs,
             custom_loss=custom_loss(
-                self.compute_loss_func, inputs["labels"], targets, num_items_in_batch, processes=processes
+                self.compute_loss_func, inputs.get("labels"), targets, num_items_in_batch, processes=processes
             ),
             heads_only=self.state.global_step < self.block_local.head_warmup_steps,
             bootstrap=bootstrap_weight(self.state.global_step, self.state.max_steps, self.block_local),
