@@ -11,7 +11,7 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "hf_blocklocal"
 FLOORS = [
     ["errors"],
-    ["combinations", "fitting", "values"],
+    ["combinations", "fitting", "generation", "values"],
     [
         "anatomy",
         "anchor",
@@ -34,7 +34,7 @@ FLOORS = [
         "standin",
         "targets",
     ],
-    ["bootstrap", "defaults", "tying", "families", "polish", "sampling", "scaling", "updates"],
+    ["bootstrap", "defaults", "tying", "families", "polish", "sampling", "scaling", "spans", "updates"],
     ["losses", "model_costs"],
     ["feedback", "placement"],
     ["blocks", "card", "meters", "plots", "probe", "randomness", "settings"],

@@ -1,6 +1,7 @@
-"""The trainer: the transformers Trainer with a backward pass per block."""
+"""The trainers: those of transformers, with a backward pass per block."""
 
+from hf_blocklocal.trainer.seq2seq import BlockLocalSeq2SeqTrainer
 from hf_blocklocal.trainer.training import BlockLocalTrainer
 
 
-__all__ = ["BlockLocalTrainer"]
+__all__ = ["BlockLocalSeq2SeqTrainer", "BlockLocalTrainer"]
