@@ -39,7 +39,7 @@ class BlockLocalSeq2SeqTrainer(BlockLocalTrainer, Seq2SeqTrainer):
             if self._chain is not None:
                 raise UnsupportedSettingError(
                     "predict_with_generate and block_parallel_size exclude each other: no process has the whole "
-                    "model to generate with. Leave one of the two out; evaluations still score the given texts."
+                    "model to generate with. Leave one of the two out, and generate with trainer.whole_model()."
                 )
 
     def create_accelerator_and_postprocess(self) -> None:
