@@ -15,7 +15,8 @@ from safetensors.torch import load_file
 from test_data_parallel import free_port
 
 
-pytestmark = pytest.mark.launch
+# The first test waits for all runs.
+pytestmark = [pytest.mark.launch, pytest.mark.timeout(900)]
 
 SCRIPT = Path(__file__).parent / "launched" / "block_parallel.py"
 CONFIG = Path(__file__).parents[1] / "configs" / "accelerate" / "cpu_2.yaml"
@@ -96,7 +97,7 @@ def command(folder, cases, processes):
     return [sys.executable, "-m", "accelerate.commands.launch", *options, *arguments]
 
 
-def run(folder, cases, *, processes, timeout=400):
+def run(folder, cases, *, processes, timeout=240):
     environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     return subprocess.run(
         command(folder, cases, processes),

@@ -94,6 +94,10 @@ class _Worker:
         except BaseException as error:  # noqa: BLE001 - whatever it is, the process that computes must hear of it
             self._error = error
 
+    def _check_open(self) -> None:
+        if self._thread is None:
+            raise RuntimeError(f"The stream of rank {self.link.peer} is closed: open a session of the chain first.")
+
     def check(self) -> None:
         """Raise if the thread has found that the other side is gone."""
         self._watch(self._error)
@@ -138,6 +142,7 @@ class Outbox(_Worker):
         self._join()
 
     def _put(self, item: tuple[Tensor, list[Tensor]]) -> None:
+        self._check_open()
         with self._waiting():
             while True:
                 if self._error is not None:
@@ -171,6 +176,7 @@ class Inbox(_Worker):
 
     def take(self) -> Message:
         """Return the next message, waiting for it if need be."""
+        self._check_open()
         with self._waiting():
             while True:
                 try:

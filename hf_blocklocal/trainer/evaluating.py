@@ -19,10 +19,11 @@ class EvaluatesBlocks(PlacesBlocks):
         """Add to the metrics what each block's head would have predicted."""
         if self._assembly is None or self._assembly.last == 0 or not self.block_local.evaluate_blocks:
             return super().evaluation_loop(dataloader, description, *args, **kwargs)
-        self._assembly.begin_step(self.state.global_step)
         self._scores = BlockScores(self._assembly.step)
         try:
-            output = super().evaluation_loop(dataloader, description, *args, **kwargs)
+            with self._session():
+                self._assembly.begin_step(self.state.global_step)
+                output = super().evaluation_loop(dataloader, description, *args, **kwargs)
             self._scores.gather(self._sum_over_blocks)
             output.metrics.update(self._scores.metrics(kwargs.get("metric_key_prefix", "eval")))
         finally:
