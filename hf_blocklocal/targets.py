@@ -306,13 +306,15 @@ def choose_alignment(
     if hidden_shape[0] != labels_shape[0]:
         raise TargetError(
             f"The labels are for {labels_shape[0]} samples but a block puts out {tuple(hidden_shape)}: a head cannot "
-            "tell which rows answer which target. Multiple choice is not supported."
+            "tell which rows answer which target. Multiple choice, and models that put positions before samples, are "
+            "not supported."
         )
     if not task.per_position or not (final_stack or task.target == "spans"):
         return "pooled"
     if tuple(hidden_shape[:2]) != tuple(labels_shape):
         raise TargetError(
             f"The labels have shape {tuple(labels_shape)} but a block puts out {tuple(hidden_shape)}: a target per "
-            "position needs a hidden state per position. Methods that add tokens in front are not supported."
+            "position needs one hidden state per position. Methods that add tokens in front, and models with several "
+            "states per position, are not supported."
         )
     return "position"

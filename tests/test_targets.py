@@ -317,8 +317,9 @@ def test_a_prompt_in_front_is_refused_with_both_shapes():
     with pytest.raises(TargetError) as error:
         choose_alignment(task, (B, S + 2, D), (B, S), final_stack=True)
     assert str(error.value) == (
-        "The labels have shape (3, 5) but a block puts out (3, 7, 4): a target per position needs a hidden state per "
-        "position. Methods that add tokens in front are not supported."
+        "The labels have shape (3, 5) but a block puts out (3, 7, 4): a target per position needs one hidden state "
+        "per position. Methods that add tokens in front, and models with several states per position, are not "
+        "supported."
     )
 
 

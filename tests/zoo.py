@@ -93,7 +93,7 @@ def build_tiny(model_type: str, auto_class: type, options: Mapping[str, Any]) ->
         The model, with weights that depend on the arguments only.
     """
     known = AutoConfig.for_model(model_type).to_dict()
-    dropouts = {name: 0.0 for name in known if "drop" in name}
+    dropouts = {name: 0.0 for name, value in known.items() if "drop" in name and isinstance(value, float)}
     spreads = {name: INITIAL_SPREAD for name in ("initializer_range", "init_std") if name in known}
     config = AutoConfig.for_model(model_type, **{**dropouts, **spreads, **options})
     with torch.random.fork_rng(devices=[]):

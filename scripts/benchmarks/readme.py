@@ -53,6 +53,7 @@ def sections() -> dict[str, str]:
         "quickstart": "\n".join(quickstart(load("quickstart-cpu"))) + "\n",
         "benchmarks": "\n".join(benchmarks) + "\n",
         "assisted": "\n".join(assisted(load("assisted_generation-cpu"))) + "\n",
+        "models": "\n".join(models(load("supported_models"))) + "\n",
     }
     if (HERE / "results" / "block_parallel-cpu.json").is_file():
         result["block_parallel"] = "\n".join(block_parallel(load("block_parallel-cpu"))) + "\n"
@@ -104,6 +105,33 @@ def learning(report: dict[str, Any]) -> list[str]:
         large = load("learning-gpu")
         lines += ["", f"Larger, by `{large['command']}` on one {large['machine']['gpu']}:", "", *markdown(large)]
     return lines
+
+
+def models(report: dict[str, Any]) -> list[str]:
+    """Which architectures are supported, and why the others are refused."""
+    rows = report["rows"]
+    supported = [row for row in rows if row["reason"] is None]
+    versions = " and ".join(f"{name} {version}" for name, version in report["versions"].items())
+    lines = [
+        f"{len(supported)} of {len(rows)} architectures pass (`{report['command']}`,",
+        f"{versions}); `tests/test_models.py` runs the same checks.",
+        "",
+        "|  | supported |",
+        "|---|---|",
+    ]
+    for kind in dict.fromkeys(row["kind"] for row in rows):
+        names = sorted(f"{row['name']}{_marks(row)}" for row in supported if row["kind"] == kind)
+        lines.append(f"| {kind} ({len(names)}) | {', '.join(names)} |")
+    lines += ["", "°: with `model.config.use_cache = False`, because it keeps its state between passes."]
+    if not all(row["exact"] for row in supported):
+        lines[-1] += " ~: logits within 1e-5."
+    lines += ["", "| refused | because |", "|---|---|"]
+    lines += [f"| {row['name']} | {row['reason']} |" for row in rows if row["reason"] is not None]
+    return lines
+
+
+def _marks(row: dict[str, Any]) -> str:
+    return ("°" if row["needs"] else "") + ("" if row["exact"] else "~")
 
 
 def memory(report: dict[str, Any]) -> list[str]:
