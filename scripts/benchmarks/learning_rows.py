@@ -46,7 +46,9 @@ class Row:
         return self.method in ("start", "freeze", "lora")
 
     def settings(self, num_blocks: int | None, *, single_stack: bool = True) -> dict[str, Any]:
-        """Return all that the row depends on, defaults included, as JSON values.
+        """Return all that the row depends on, as JSON values.
+
+        Fields of the configuration that are as they come are left out, so that a new one makes no run stale.
 
         Args:
             num_blocks: Blocks, None where it makes no difference.
@@ -61,10 +63,18 @@ class Row:
         if self.method == "lora":
             settings["lora"] = LORA
         if self.method == "local":
-            settings["block_local"] = settled(self._config(num_blocks), single_stack=single_stack).to_dict()
+            given = settled(self._config(num_blocks), single_stack=single_stack).to_dict()
+            usual = type(self)._defaults() | {"num_blocks": None}
+            settings["block_local"] = {name: value for name, value in given.items() if value != usual[name]}
         if self.method == "reference":
             settings["reference"] = self.name
         return settings
+
+    @staticmethod
+    def _defaults() -> dict[str, Any]:
+        from hf_blocklocal import BlockLocalConfig
+
+        return BlockLocalConfig().to_dict()
 
     def _config(self, num_blocks: int) -> Any:
         from hf_blocklocal import BlockLocalConfig
@@ -89,6 +99,7 @@ CANDIDATES = [
     Row("head_layers=0", "local", {"head_layers": 0}),
     Row("head_layers=1", "local", {"head_layers": 1}),
     Row("head_layers=2", "local", {"head_layers": 2}),
+    Row("default, refreshed", "local", {"head_refresh_steps": 10, "head_refresh_lag": 10}),
     Row("default, polished", "local", {"polish": 0.2}),
 ]
 ROWS = {row.name: row for row in [*BASELINES, *PUBLISHED, *CANDIDATES]}
