@@ -131,7 +131,8 @@ def test_every_row_knows_all_that_it_depends_on(scripts):
         assert settings["method"] == row.method
         if row.method == "local":
             assert settings["block_local"]["num_blocks"] == 2
-            assert len(settings["block_local"]) > 5, "defaults are part of it"
+            assert {"head_layers", "feedback"} & settings["block_local"].keys(), "what is settled is part of it"
+            assert "latent_dim" not in settings["block_local"], "what is as it comes is not"
     assert rows["head_layers=1"].settings(3)["block_local"]["head_layers"] == 1
 
 
