@@ -24,10 +24,8 @@ OWN_HEAD = (
     "bootstrap",
 )
 
-# Where blocks are in several processes, nothing can be borrowed live without waiting for it. Lower blocks run ahead of
-# upper ones by as many steps as messages may wait.
+# Where blocks are in several processes, nothing can be borrowed live without waiting for it.
 REFRESH_STEPS = 10
-REFRESH_LAG = 10
 
 
 def default_head_layers(num_blocks: int) -> int:
@@ -37,6 +35,16 @@ def default_head_layers(num_blocks: int) -> int:
     above its accuracy on images, and two layers in four blocks within 3.3 %.
     """
     return min(num_blocks - 1, 2)
+
+
+def default_refresh_lag(num_blocks: int) -> int:
+    """Return by how many steps copies are late by default, where blocks are in several processes.
+
+    A forward pass is a third of a step, so the first block is ahead of the last by a third of a step for every block
+    between them. A longer lag would let it run further ahead, and what heads borrow would be older: in the learning
+    benchmark (README) that costs more than anything else that processes of their own do.
+    """
+    return 1 + (num_blocks - 1) // 3
 
 
 def settled(config: BlockLocalConfig, *, single_stack: bool) -> BlockLocalConfig:
@@ -62,4 +70,4 @@ def refreshed(config: BlockLocalConfig) -> BlockLocalConfig:
     live = (config.head_refresh_steps, config.head_refresh_lag, config.head_refresh_decay) == (1, 0, 0)
     if not live or config.block_parallel_size == 1:
         return config
-    return replace(config, head_refresh_steps=REFRESH_STEPS, head_refresh_lag=REFRESH_LAG)
+    return replace(config, head_refresh_steps=REFRESH_STEPS, head_refresh_lag=default_refresh_lag(config.num_blocks))

@@ -76,7 +76,7 @@ COUNTED = {
     "config": {"num_blocks": 2, "block_parallel_size": 2, "head_refresh_steps": 2, "head_refresh_lag": 1},
 }
 # What only block-parallel training fills in by itself.
-REFRESHED = {"head_refresh_steps": 10, "head_refresh_lag": 10}
+REFRESHED = {"head_refresh_steps": 10}
 
 
 def settled(case, *, processes):
@@ -84,7 +84,7 @@ def settled(case, *, processes):
     config = {"num_blocks": 2, **case["config"]}
     borrows = config.get("head_layers") != 0 and case["specimen"] != "t5"
     if processes == 1 and borrows and not any(name.startswith("head_refresh") for name in config):
-        config |= REFRESHED
+        config |= REFRESHED | {"head_refresh_lag": 1 + (config["num_blocks"] - 1) // 3}
     return case | {"config": config | ({"block_parallel_size": processes} if processes > 1 else {})}
 
 

@@ -29,6 +29,12 @@ class Stationing:
 
     def __init__(self, assembly: Assembly, chain: Chain, batch: Mapping[str, Any]) -> None:
         self._assembly, self._chain = assembly, chain
+        if assembly.step.router_loss is not None:
+            raise UnsupportedSettingError(
+                f"{type(assembly.module.model).__name__} balances its experts over all layers "
+                "(output_router_logits=True), and a process with one block sees only its own. Set "
+                "model.config.output_router_logits = False, or use block_parallel_size=1."
+            )
         model, boundaries = assembly.module.model, assembly.step.boundaries
         self._facts: dict[str, Any] = {}
         self.names = names_of(assembly.module)

@@ -24,11 +24,13 @@ class Row:
         method: The starting model as it is; the plain Trainer on all weights, on those of the last block, or on
             adapters; `BlockLocalTrainer`; or a method that trains no transformer.
         block_local: Fields of `BlockLocalConfig`; with `preset`, on top of that preset.
+        in_processes: Whether heads borrow as they do where every block has a process of its own.
     """
 
     name: str
     method: Method
     block_local: Mapping[str, Any] = field(default_factory=dict)
+    in_processes: bool = False
 
     @property
     def depends_on_blocks(self) -> bool:
@@ -78,9 +80,12 @@ class Row:
 
     def _config(self, num_blocks: int) -> Any:
         from hf_blocklocal import BlockLocalConfig
+        from hf_blocklocal.defaults import REFRESH_STEPS, default_refresh_lag
 
         given = {"num_blocks": num_blocks, "evaluate_blocks": False, **self.block_local}
         preset = given.pop("preset", None)
+        if self.in_processes:
+            given |= {"head_refresh_steps": REFRESH_STEPS, "head_refresh_lag": default_refresh_lag(num_blocks)}
         return BlockLocalConfig.from_dict(given) if preset is None else BlockLocalConfig.from_preset(preset, **given)
 
 
@@ -99,7 +104,8 @@ CANDIDATES = [
     Row("head_layers=0", "local", {"head_layers": 0}),
     Row("head_layers=1", "local", {"head_layers": 1}),
     Row("head_layers=2", "local", {"head_layers": 2}),
-    Row("default, refreshed", "local", {"head_refresh_steps": 10, "head_refresh_lag": 10}),
+    Row("default, copies 10 steps late", "local", {"head_refresh_steps": 10, "head_refresh_lag": 10}),
+    Row("default in several processes", "local", in_processes=True),
     Row("default, polished", "local", {"polish": 0.2}),
 ]
 ROWS = {row.name: row for row in [*BASELINES, *PUBLISHED, *CANDIDATES]}
