@@ -13,6 +13,7 @@ from zoo import SPECIMENS
 from hf_blocklocal import BlockLocalConfig, assemble
 from hf_blocklocal.errors import LossNotSentBackError, UnsupportedSettingError
 from hf_blocklocal.memory import ActivationMeter
+from hf_blocklocal.randomness import stream_per_block
 
 
 # Models without trained side inputs: those of the others stay cut, as without overlap.
@@ -43,8 +44,9 @@ def local_gradients(assembly, model, batch, *, only=None, learned=lambda *_: Non
         (loss if only in (None, next(at)) else 0 * loss).backward(**kwargs)
 
     targets = assembly.read_targets(batch)
-    torch.manual_seed(5)
-    lesson = assembly.step.teach(targets, scale=1 / targets.elements, inputs=batch, backward=backward, learned=learned)
+    lesson = assembly.step.teach(
+        targets, scale=1 / targets.elements, inputs=batch, backward=backward, learned=learned, seed=(5,)
+    )
     with lesson:
         loss = model(**batch).loss
         (loss if only in (None, assembly.last) else 0 * loss).backward()
@@ -63,8 +65,8 @@ def uncut_losses(assembly, model, batch):
         model.get_submodule(assembly.cut.layers[span.last]).register_forward_hook(keep(block))
         for block, span in enumerate(assembly.cut.spans[:-1])
     ]
-    torch.manual_seed(5)
-    last = model(**batch).loss
+    with stream_per_block(assembly.step.boundaries.exits, (5,), torch.device("cpu")):
+        last = model(**batch).loss
     for handle in handles:
         handle.remove()
     heads = enumerate(assembly.heads)

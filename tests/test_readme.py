@@ -83,7 +83,7 @@ def test_the_printed_losses_are_those_of_the_run(ran):
 
 
 def test_the_printed_cut_is_that_of_the_run(ran):
-    stated = [line[2:] for line in README.splitlines() if re.match(r"# (block|\d) +", line)]
+    stated = [line[2:] for line in README.splitlines() if re.match(r"# (block|\d)  +", line)]
     assert stated == [line.rstrip() for line in ran[0][1].splitlines()]
 
 
