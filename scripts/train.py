@@ -1,6 +1,7 @@
-"""Fine-tune a text classifier block by block, as a YAML file says, beside the plain Trainer on the same budget.
+"""Fine-tune a model block by block on one of several tasks, as a YAML file says, beside the plain Trainer if asked.
 
 One process:   python scripts/train.py configs/train/quickstart.yaml
+Other tasks:   python scripts/train.py configs/train/question_answering.yaml      (table in configs/README.md)
 Two GPUs:      accelerate launch --num_processes 2 scripts/train.py configs/train/quickstart.yaml
 Other values:  python scripts/train.py configs/train/quickstart.yaml block_local.num_blocks=2 training.seed=1
 With a look at gradients, probes and drift of every block each 10 steps, for scripts/plot.py:
@@ -23,8 +24,8 @@ from typing import TYPE_CHECKING, Any
 
 
 if TYPE_CHECKING:
-    from datasets import DatasetDict
-    from transformers import PreTrainedTokenizerBase, Trainer
+    from tasks import Kit, Prepared
+    from transformers import Trainer
 
     from hf_blocklocal import BlockLocalConfig
     from hf_blocklocal.card import CardFacts
@@ -34,8 +35,11 @@ if TYPE_CHECKING:
 class Run:
     """What a YAML file of `configs/train` says; its comments say what each key means."""
 
-    model: str
+    model: str | dict[str, Any]
     dataset: str
+    task: str = "text-classification"
+    options: dict[str, Any] = field(default_factory=dict)
+    subset: str | None = None
     text_column: str = "text"
     label_column: str = "label"
     train_split: str = "train"
@@ -47,7 +51,7 @@ class Run:
     diagnostics: int | None = None
     card: dict[str, Any] = field(default_factory=dict)
     threshold: float = 0.9
-    examples: list[str] = field(default_factory=list)
+    examples: list[Any] = field(default_factory=list)
     block_local: dict[str, Any] = field(default_factory=dict)
     training: dict[str, Any] = field(default_factory=dict)
 
@@ -70,6 +74,7 @@ class Outcome:
     peak_bytes: int
     unpushed: str | None = None
     sizes: list[dict[str, Any]] = field(default_factory=list)
+    metric: str = "accuracy"
 
 
 def read_run(path: str | Path, overrides: Sequence[str] = ()) -> Run:
@@ -105,71 +110,22 @@ def _value(value: Any) -> Any:
         return value
 
 
-def load_texts(run: Run, tokenizer: PreTrainedTokenizerBase) -> tuple[DatasetDict, list[str]]:
-    """Load, draw and tokenize the texts; return them with the names of the classes."""
-    from datasets import ClassLabel, DatasetDict, load_dataset
-
-    splits = load_dataset(run.dataset)
-    samples = {run.train_split: run.train_samples, run.test_split: run.test_samples}
-    seed = run.training.get("seed", 42)
-    chosen = DatasetDict()
-    for name, count in samples.items():
-        split = splits[name].shuffle(seed=seed)
-        chosen[name] = split if count is None else split.select(range(min(count, len(split))))
-    label = splits[run.train_split].features[run.label_column]
-    if not isinstance(label, ClassLabel):
-        chosen = chosen.class_encode_column(run.label_column)
-        label = chosen[run.train_split].features[run.label_column]
-    if run.label_column != "label":
-        chosen = chosen.rename_column(run.label_column, "label")
-    tokens = chosen.map(
-        lambda rows: tokenizer(rows[run.text_column], truncation=True, max_length=run.max_length),
-        batched=True,
-        remove_columns=[column for column in chosen[run.train_split].column_names if column != "label"],
-    )
-    return tokens, label.names
-
-
 def train(run: Run, block_local: BlockLocalConfig | None, source: Source | None = None) -> tuple[Outcome, Trainer]:
-    """Train once from the pretrained weights: block by block, or plainly where `block_local` is None.
+    """Train once from the same weights: block by block, or plainly where `block_local` is None.
 
     Args:
         run: What to train on what.
         block_local: How to cut and teach the model.
         source: Where that was written, for the model card.
     """
-    from transformers import (
-        AutoModelForSequenceClassification,
-        AutoTokenizer,
-        DataCollatorWithPadding,
-        Trainer,
-        TrainingArguments,
-        set_seed,
-    )
+    from sizes import measure_sizes
+    from tasks import kit_of
+    from transformers import set_seed
 
-    from hf_blocklocal import BlockLocalTrainer
-    from hf_blocklocal.metrics import accuracy_of_logits
-
-    settings = dict(run.training)
-    if block_local is None:
-        settings |= {"output_dir": str(Path(settings["output_dir"]) / "baseline"), "push_to_hub": False}
-    arguments = TrainingArguments(**settings)
+    kit = kit_of(run.task, run.options)
+    arguments = make_arguments(run, kit, baseline=block_local is None)
     set_seed(arguments.seed)
-    tokenizer = AutoTokenizer.from_pretrained(run.model)
-    tokens, names = load_texts(run, tokenizer)
-    model = AutoModelForSequenceClassification.from_pretrained(
-        run.model, num_labels=len(names), id2label=dict(enumerate(names)), label2id={n: i for i, n in enumerate(names)}
-    )
-    common = {
-        "model": model,
-        "args": arguments,
-        "train_dataset": tokens[run.train_split],
-        "eval_dataset": tokens[run.test_split],
-        "processing_class": tokenizer,
-        "data_collator": DataCollatorWithPadding(tokenizer),
-        "compute_metrics": accuracy_of_logits(),
-    }
-    trainer = Trainer(**common) if block_local is None else BlockLocalTrainer(**common, block_local=block_local)
+    trainer = make_trainer(kit, kit.prepare(run), arguments, block_local)
     if block_local is not None:
         add_card(trainer, run, source)
         if run.diagnostics is not None:
@@ -177,16 +133,53 @@ def train(run: Run, block_local: BlockLocalConfig | None, source: Source | None 
     start = time.perf_counter()
     trainer.train()
     seconds = time.perf_counter() - start
-    metrics = trainer.evaluate()
+    metrics = evaluate(trainer, kit)
     trainer.save_state()
     unpushed = save(trainer)
     name = "plain Trainer" if block_local is None else f"block-local, {block_local.num_blocks} blocks"
     if block_local is not None and block_local.head_layers:
         name += f", head_layers={block_local.head_layers}"
-    from sizes import measure_sizes
+    measured = run.task == "text-classification" and kit.metric == "accuracy" and trainer.is_world_process_zero()
+    sizes = measure_sizes(trainer, run.threshold) if measured else []
+    return Outcome(name, metrics, seconds, peak_activation_bytes(trainer), unpushed, sizes, kit.metric), trainer
 
-    sizes = measure_sizes(trainer, run.threshold) if trainer.is_world_process_zero() else []
-    return Outcome(name, metrics, seconds, peak_activation_bytes(trainer), unpushed, sizes), trainer
+
+def make_arguments(run: Run, kit: Kit, *, baseline: bool) -> Any:
+    """Return the training arguments of a run; the plain Trainer's run lies in a folder inside, and is not pushed."""
+    from transformers import Seq2SeqTrainingArguments, TrainingArguments
+
+    settings = dict(run.training)
+    if baseline:
+        settings |= {"output_dir": str(Path(settings["output_dir"]) / "baseline"), "push_to_hub": False}
+    return (Seq2SeqTrainingArguments if kit.generates else TrainingArguments)(**settings)
+
+
+def make_trainer(kit: Kit, prepared: Prepared, arguments: Any, block_local: BlockLocalConfig | None) -> Trainer:
+    """Return the trainer of a task: one of ours, or that of transformers where `block_local` is None."""
+    from transformers import Seq2SeqTrainer, Trainer
+
+    from hf_blocklocal import BlockLocalSeq2SeqTrainer, BlockLocalTrainer
+
+    plain, ours = (Seq2SeqTrainer, BlockLocalSeq2SeqTrainer) if kit.generates else (Trainer, BlockLocalTrainer)
+    common = {
+        "model": prepared.model,
+        "args": arguments,
+        "train_dataset": prepared.train,
+        "eval_dataset": prepared.test,
+        "processing_class": prepared.processor,
+        "data_collator": prepared.collator,
+        "compute_metrics": prepared.compute_metrics,
+        **prepared.options,
+    }
+    return plain(**common) if block_local is None else ours(**common, block_local=block_local)
+
+
+def evaluate(trainer: Trainer, kit: Kit) -> dict[str, float]:
+    """Return the metrics of the test examples; of a language model, with the perplexity."""
+    from hf_blocklocal.metrics import with_perplexity
+
+    metrics = trainer.evaluate()
+    return with_perplexity(metrics) if kit.metric == "perplexity" else metrics
 
 
 def save(trainer: Trainer) -> str | None:
@@ -218,34 +211,17 @@ def add_diagnostics(trainer: Trainer, *, every: int) -> None:
 
 
 def peak_activation_bytes(trainer: Trainer) -> int:
-    """Measure the bytes that autograd keeps for one training step on the longest texts, at their peak."""
+    """Measure the bytes that autograd keeps for one training step on the longest examples, at their peak."""
     from hf_blocklocal.memory import ActivationMeter
 
-    rows = sorted(trainer.train_dataset, key=lambda row: len(row["input_ids"]), reverse=True)
+    longest = next(name for name in ("input_ids", "input_values", "pixel_values") if name in trainer.train_dataset[0])
+    rows = sorted(trainer.train_dataset, key=lambda row: len(row[longest]), reverse=True)
     batch = trainer.data_collator(rows[: trainer.args.per_device_train_batch_size])
     trainer.accelerator.gradient_state._set_sync_gradients(False)
     with ActivationMeter(trainer.model_wrapped) as meter:
         trainer.training_step(trainer.model_wrapped, batch)
     trainer.model_wrapped.zero_grad()
     return meter.peak_bytes
-
-
-def report(outcomes: Sequence[Outcome]) -> str:
-    """Return the table: accuracy of every block, of the model and its smaller sizes; time, peak activation bytes."""
-    lines = [f"{'':40}{'test accuracy':>14}{'ms per text':>13}{'train time':>12}{'peak activations':>18}"]
-    for outcome in outcomes:
-        for key, value in sorted(outcome.metrics.items()):
-            if key.startswith("eval_block_") and key.endswith("_accuracy"):
-                block = key.removeprefix("eval_block_").removesuffix("_accuracy")
-                lines.append(f"  {'head of block ' + block:38}{value:14.3f}")
-        for size in outcome.sizes[:-1]:
-            lines.append(f"  {size['name']:38}{size['value']:14.3f}{size['milliseconds']:13.1f}")
-        whole = f"{outcome.sizes[-1]['milliseconds']:13.1f}" if outcome.sizes else f"{'':13}"
-        lines.append(
-            f"{outcome.name:40}{outcome.metrics['eval_accuracy']:14.3f}{whole}{outcome.seconds:10.0f} s"
-            f"{outcome.peak_bytes / 2**20:14.1f} MiB"
-        )
-    return "\n".join(lines)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -328,7 +304,7 @@ def versions() -> dict[str, str]:
 
 def show(run: Run, cut: str, outcomes: Sequence[Outcome], folder: str) -> None:
     """Print the table and what the saved model makes of the examples; leave the numbers in `result.json`."""
-    from transformers import pipeline
+    from reporting import report
 
     result = {
         "run": asdict(run),
@@ -338,12 +314,26 @@ def show(run: Run, cut: str, outcomes: Sequence[Outcome], folder: str) -> None:
     }
     (Path(folder) / "result.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     print(f"\nThe cut\n{cut}\n\nThe result\n{report(outcomes)}\n")
-    classify = pipeline("text-classification", model=folder, tokenizer=folder)
-    for text in run.examples:
-        guess = classify(text)[0]
-        print(f"{guess['label']} ({guess['score']:.2f}): {text}")
+    if run.examples:
+        show_examples(run, folder)
     print(f"\nSaved in {folder}: an ordinary transformers checkpoint, its card in README.md, and the heads beside it.")
-    print(f"Its first blocks as models of their own: python scripts/truncate.py {folder} --output {folder}/sizes")
+    if outcomes[0].sizes:
+        print(f"Its first blocks as models of their own: python scripts/truncate.py {folder} --output {folder}/sizes")
+
+
+def show_examples(run: Run, folder: str) -> None:
+    """Print what the saved model makes of the examples, by the pipeline of its task."""
+    from tasks import kit_of
+    from transformers import pipeline
+
+    kind = kit_of(run.task, run.options).pipeline
+    if kind is None:
+        raise SystemExit(f"train.py: transformers has no pipeline for the task {run.task!r}. Leave the examples out.")
+    answer = pipeline(kind, model=folder)
+    for example in run.examples:
+        guess = answer(example)[0]
+        label = guess.get("label") or guess.get("generated_text") or guess.get("token_str")
+        print(f"{label} ({guess['score']:.2f}): {example}" if "score" in guess else label)
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ import argparse
 import json
 import logging
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -79,17 +80,15 @@ def run_of(options: argparse.Namespace) -> Run:
 def loaders(run: Run, folder: Path, samples: int | None) -> tuple[DataLoader, DataLoader]:
     """Return batches of training texts, in an order drawn with the seed of the run, and of test texts."""
     import torch
+    from tasks import kit_of
     from torch.utils.data import DataLoader
-    from train import load_texts
-    from transformers import AutoTokenizer, DataCollatorWithPadding
 
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    tokens, _ = load_texts(run, tokenizer)
-    collate, order = DataCollatorWithPadding(tokenizer), torch.Generator().manual_seed(run.training.get("seed", 42))
-    test = tokens[run.test_split]
+    prepared = kit_of(run.task, run.options).prepare(replace(run, model=str(folder)))
+    collate, order = prepared.collator, torch.Generator().manual_seed(run.training.get("seed", 42))
+    test = prepared.test
     test = test if samples is None else test.select(range(min(samples, len(test))))
     sizes = (run.training.get(f"per_device_{part}_batch_size", 8) for part in ("train", "eval"))
-    train = DataLoader(tokens[run.train_split], next(sizes), shuffle=True, generator=order, collate_fn=collate)
+    train = DataLoader(prepared.train, next(sizes), shuffle=True, generator=order, collate_fn=collate)
     return train, DataLoader(test, next(sizes), collate_fn=collate)
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from accelerate.commands.config.config_args import load_config_from_file
-from transformers import TrainingArguments
+from transformers import Seq2SeqTrainingArguments, TrainingArguments
 
 from hf_blocklocal import BlockLocalConfig
 
@@ -46,7 +46,8 @@ def test_a_launch_configuration_is_read_by_accelerate(path):
 def test_a_training_configuration_is_read_whole(path, tmp_path):
     run = script("train").read_run(path)
     assert BlockLocalConfig.from_dict(run.block_local).num_blocks > 1
-    assert TrainingArguments(**(run.training | {"output_dir": str(tmp_path)})).learning_rate > 0
+    arguments = Seq2SeqTrainingArguments if "predict_with_generate" in run.training else TrainingArguments
+    assert arguments(**(run.training | {"output_dir": str(tmp_path)})).learning_rate > 0
 
 
 @pytest.mark.parametrize("path", TRAIN, ids=lambda path: path.stem)

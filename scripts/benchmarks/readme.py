@@ -48,10 +48,14 @@ def between(readme: str, name: str) -> str:
 
 def sections() -> dict[str, str]:
     """Return every section as Markdown, by name."""
+    sys.path.insert(0, str(HERE.parent))
+    from tasks.table import tasks_table
+
     benchmarks = [*memory(load("memory-cpu")), "", *step_time(load("step_time-cpu")), "", *share()]
     result = {
         "quickstart": "\n".join(quickstart(load("quickstart-cpu"))) + "\n",
         "benchmarks": "\n".join(benchmarks) + "\n",
+        "tasks": "\n".join(tasks_table(HERE.parents[1] / "configs" / "train")) + "\n",
         "assisted": "\n".join(assisted(load("assisted_generation-cpu"))) + "\n",
         "models": "\n".join(models(load("supported_models"))) + "\n",
     }
@@ -69,8 +73,8 @@ def sections() -> dict[str, str]:
 def quickstart(report: dict[str, Any]) -> list[str]:
     """The table that `make quickstart` ends with."""
     sys.path.insert(0, str(HERE.parent))
+    from reporting import report as table
     from train import Outcome
-    from train import report as table
 
     versions = ", ".join(f"{name} {version}" for name, version in report["versions"].items())
     return [
