@@ -324,3 +324,8 @@ def test_a_configuration_is_listed_with_its_command_task_and_metric(name, train)
     assert command.strip() == f"`python scripts/train.py configs/train/{name}.yaml`"
     assert task.strip().startswith(run.task)
     assert metric.strip().startswith(f"`{kit_of(run.task, run.options).metric}`: ")
+
+
+def test_the_table_of_the_readme_is_made_from_the_configurations(train):
+    readme = script("benchmarks/readme")
+    assert readme.between(readme.README.read_text(encoding="utf-8"), "tasks") == readme.sections()["tasks"]
