@@ -13,7 +13,7 @@ from hf_blocklocal.feedback import FeedbackHead, build_head
 from hf_blocklocal.losses import LocalLoss
 from hf_blocklocal.partition import Span
 from hf_blocklocal.step import LocalStep, StepReport
-from hf_blocklocal.trainer import BlockLocalSeq2SeqTrainer, BlockLocalTrainer
+from hf_blocklocal.trainer import BlockLocalMixin, BlockLocalSeq2SeqTrainer, BlockLocalTrainer
 
 
 __version__ = "0.1.0"
@@ -22,6 +22,7 @@ __all__ = [
     "Assembly",
     "BlockLocalConfig",
     "BlockLocalError",
+    "BlockLocalMixin",
     "BlockLocalSeq2SeqTrainer",
     "BlockLocalTrainer",
     "Boundaries",

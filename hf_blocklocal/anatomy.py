@@ -249,12 +249,12 @@ class RouterLoss:
 
 def find_router_loss(model: nn.Module) -> RouterLoss | None:
     """Return the router loss that the model adds in training, None if it adds none."""
+    routers = _find_routers(model)  # by their names in the wrapped model
     model = model.get_base_model() if hasattr(model, "get_base_model") else model
     config = getattr(model, "config", None)
     if not getattr(config, "output_router_logits", False):
         return None
     balance = getattr(inspect.getmodule(type(model)), "load_balancing_loss_func", None)
-    routers = _find_routers(model)
     if balance is None or not routers:
         raise UnsupportedSettingError(
             f"{type(model).__name__} has output_router_logits=True, but its router loss could not be taken apart by "

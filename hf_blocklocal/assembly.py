@@ -33,6 +33,7 @@ from hf_blocklocal.inlets import Inlets
 from hf_blocklocal.losses import Contrast
 from hf_blocklocal.partition import Span
 from hf_blocklocal.sampling import mixed, with_candidates
+from hf_blocklocal.settings import check_adapters, check_quantisation
 from hf_blocklocal.spans import read_spans
 from hf_blocklocal.step import LocalStep
 from hf_blocklocal.targets import Targets, Task, labels_of, read_targets
@@ -186,11 +187,14 @@ def check_structure(model: nn.Module, config: BlockLocalConfig) -> None:
     Raises:
         LayersNotFoundError: If no layers are found.
         SharedLayersError: If layers are shared across depth.
-        UnsupportedSettingError: If layers are dropped at random.
+        UnsupportedSettingError: If layers are dropped at random, adapters couple them, or weights are
+            quantised so that they cannot learn.
         CutError: If there are more blocks than layers.
     """
     if config.num_blocks == 1:
         return
+    check_adapters(model)
+    check_quantisation(model, config)
     stacks = find_stacks(model, config.layers)
     check_layers_not_shared(model, stacks, config.num_blocks)
     plan_spans(config, sum(len(stack.layers) for stack in stacks))

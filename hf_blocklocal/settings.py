@@ -43,6 +43,58 @@ def check_arguments(args: TrainingArguments) -> None:
             )
 
 
+# Adapters that no cut can take apart, by the name of their kind in PEFT.
+_COUPLED = {
+    "ADALORA": "its regulariser, in the model's own loss, reaches the adapters of all layers",
+    "VBLORA": "its adapters share one bank of vectors",
+    "XLORA": "its gate runs the model twice and mixes the adapters of all layers",
+}
+
+
+def check_adapters(model: nn.Module) -> None:
+    """Refuse adapters that belong to no single block.
+
+    Raises:
+        UnsupportedSettingError: If one of the model's adapters adds tokens in front, or couples layers.
+    """
+    for name, adapter in (getattr(model, "peft_config", None) or {}).items():
+        kind = str(getattr(adapter.peft_type, "value", adapter.peft_type))
+        if getattr(adapter, "is_prompt_learning", False):
+            raise UnsupportedSettingError(
+                f"The adapter {name!r} is {kind}, which puts learned vectors in front of the input of every layer: "
+                "they would be taught by all blocks, and targets would no longer meet their positions. Use adapters "
+                "inside the layers, such as LoRA, DoRA or IA3, or num_blocks=1."
+            )
+        if kind in _COUPLED:
+            raise UnsupportedSettingError(
+                f"The adapter {name!r} is {kind}, and {_COUPLED[kind]}, so that no block could learn alone. Use LoRA, "
+                "DoRA or IA3, or num_blocks=1."
+            )
+
+
+def check_quantisation(model: nn.Module, config: BlockLocalConfig) -> None:
+    """Refuse quantised weights where gradients would be lost, or where blocks are to be moved.
+
+    Raises:
+        UnsupportedSettingError: If the model is quantised and cannot be trained so here.
+    """
+    method = getattr(model, "quantization_method", None)
+    if method is None:
+        return
+    kind = str(getattr(method, "value", method))
+    if getattr(model, "is_loaded_in_4bit", False) and next(model.parameters()).device.type == "cpu":
+        raise UnsupportedSettingError(
+            f"The model is quantised to 4 bits ({kind}) and on a CPU, where the first evaluation packs the weights so "
+            "that no gradient passes them any more. Load it with load_in_8bit=True, or on a GPU."
+        )
+    if config.block_parallel_size > 1:
+        raise UnsupportedSettingError(
+            f"The model is quantised ({kind}), and block_parallel_size={config.block_parallel_size} lets go of "
+            "weights and gathers them by name, which packed weights do not stand. Train it in one process, or load it without "
+            "quantization_config."
+        )
+
+
 def check_launcher(distributed_type: str, mixed_precision: str, config: BlockLocalConfig) -> None:
     """Refuse what an argument, `accelerate config` or the environment may ask for.
 

@@ -52,6 +52,13 @@ TWO = {
         "config": {"head_layers": 0, "head_refresh_steps": 3, "head_refresh_lag": 1},
     },
     "t5": {"specimen": "t5", "dropout": 0.1, "config": {"tied_weights": "freeze"}},
+    "bert, LoRA": {
+        "specimen": "bert",
+        "dropout": 0.1,
+        "args": SAVED,
+        "lora": {"task_type": "SEQ_CLS", "r": 4, "target_modules": ["query", "value"], "lora_dropout": 0.1},
+        "config": {},
+    },
     "vit": {"specimen": "vit", "dropout": 0.1, "config": {"reconstruction": 0.5, "head_layers": 0}},
 }
 FOUR = {

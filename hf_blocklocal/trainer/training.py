@@ -39,29 +39,16 @@ from hf_blocklocal.updates import BlockUpdates
 logger = logging.getLogger(__name__)
 
 
-class BlockLocalTrainer(EvaluatesBlocks, SavesBlocks, PushesRuns, PlacesBlocks, WritesCards, Trainer):
-    """Fine-tune a transformers model block by block, each block from its own loss.
+class BlockLocalMixin(EvaluatesBlocks, SavesBlocks, PushesRuns, PlacesBlocks, WritesCards):
+    """What makes a block-local trainer of any `Trainer` whose loss comes from `compute_loss` and labels.
 
-    Takes the arguments of `transformers.Trainer` and one more. With one block it is the `Trainer`, to the bit. With
-    more, these things differ, and nothing else:
-
-    - `max_grad_norm` clips the gradient of each block by itself, because a norm over all blocks would couple them: a
-      block could not be stepped before the last one has its gradient, or on another device.
-    - `loss` in the logs is the last block's, comparable with `Trainer`; `block_k/loss` is that of block k. Where the
-      message from the target is learned, `block_k/kl` and `block_k/nll` are the halves of the bound. Evaluation adds
-      what each block's head would have predicted, `eval_block_k_accuracy` and `eval_block_k_loss`.
-    - Where the model's own loss ignores `num_items_in_batch`, it is divided by the accumulation steps.
-    - A micro-batch in which every label is -100 is skipped and counted as `skipped_batches` in the logs.
-    - A loss or gradient that is not finite stops the run before it touches a weight; gradients in fp16 are left to the
-      loss scaler.
-    - A `compute_loss_func` teaches the heads too, where a sample has one target; `eval_block_k_loss` stays their own.
-    - With `global_every` or `polish`, some steps are backpropagation; `block_k/loss` is over the others.
-    - Without `accelerate launch`, one GPU is used: there is no `DataParallel`.
+    Put it first: `class MyTrainer(BlockLocalMixin, SFTTrainer)`. The trainer's own `compute_loss` teaches the last
+    block, in one forward pass per batch; the heads of the others learn to predict the labels.
 
     Args:
-        *args: As for `transformers.Trainer`.
+        *args: As for the trainer it is mixed into.
         block_local: How to cut and teach the model.
-        **kwargs: As for `transformers.Trainer`.
+        **kwargs: As for that trainer.
 
     Raises:
         BlockLocalError: If arguments, model and config do not go together. What takes a batch to find out is raised
@@ -249,7 +236,8 @@ class BlockLocalTrainer(EvaluatesBlocks, SavesBlocks, PushesRuns, PlacesBlocks, 
 
     def _items_for_model(self, num_items_in_batch: Any) -> Any:
         """Keep the count from a model that would ignore it, so that the parent averages over accumulation steps."""
-        heeded = self.assembly.counts_items or self.compute_loss_func is not None or self.label_smoother is not None
+        own = self.compute_loss_func is not None or self.label_smoother is not None
+        heeded = self.assembly.counts_items or own or getattr(self, "loss_is_scaled_for_ga", None) is True
         return num_items_in_batch if heeded else None
 
     def _finish_block(self, block: int, report: StepReport) -> None:
@@ -296,3 +284,33 @@ class BlockLocalTrainer(EvaluatesBlocks, SavesBlocks, PushesRuns, PlacesBlocks, 
             self._told += steps * said[last]
             logs |= (said | self._of_all_blocks(logs, said[last])) if "loss" in logs else self._of_run()
         super().log(logs, *args, **kwargs)
+
+
+class BlockLocalTrainer(BlockLocalMixin, Trainer):
+    """Fine-tune a transformers model block by block, each block from its own loss.
+
+    Takes the arguments of `transformers.Trainer` and one more. With one block it is the `Trainer`, to the bit. With
+    more, these things differ, and nothing else:
+
+    - `max_grad_norm` clips the gradient of each block by itself, because a norm over all blocks would couple them: a
+      block could not be stepped before the last one has its gradient, or on another device.
+    - `loss` in the logs is the last block's, comparable with `Trainer`; `block_k/loss` is that of block k. Where the
+      message from the target is learned, `block_k/kl` and `block_k/nll` are the halves of the bound. Evaluation adds
+      what each block's head would have predicted, `eval_block_k_accuracy` and `eval_block_k_loss`.
+    - Where the model's own loss ignores `num_items_in_batch`, it is divided by the accumulation steps.
+    - A micro-batch in which every label is -100 is skipped and counted as `skipped_batches` in the logs.
+    - A loss or gradient that is not finite stops the run before it touches a weight; gradients in fp16 are left to the
+      loss scaler.
+    - A `compute_loss_func` teaches the heads too, where a sample has one target; `eval_block_k_loss` stays their own.
+    - With `global_every` or `polish`, some steps are backpropagation; `block_k/loss` is over the others.
+    - Without `accelerate launch`, one GPU is used: there is no `DataParallel`.
+
+    Args:
+        *args: As for `transformers.Trainer`.
+        block_local: How to cut and teach the model.
+        **kwargs: As for `transformers.Trainer`.
+
+    Raises:
+        BlockLocalError: If arguments, model and config do not go together. What takes a batch to find out is raised
+            by `train()`, before the first step.
+    """

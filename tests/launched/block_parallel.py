@@ -3,8 +3,8 @@
 Usage: block_parallel.py OUTPUT_DIR CASES
 
 CASES is JSON: for each case by name its `specimen`, `batch_size` per device, fields of `BlockLocalConfig` in `config`,
-of `TrainingArguments` in `args`, and, as needed, `dropout`, `resume` (a checkpoint), `odd` (a rank that reads other
-batches), `raises`, `killed` and `stopped` (rank and step), `generates` (a prompt).
+of `TrainingArguments` in `args`, and, as needed, `lora`, `dropout`, `resume` (a checkpoint), `odd` (a rank that reads
+other batches), `raises`, `killed` and `stopped` (rank and step), `generates` (a prompt).
 """
 
 from __future__ import annotations
@@ -102,6 +102,11 @@ def run(folder, case):
         str(folder), per_device_train_batch_size=case.get("batch_size", 4), **(ARGUMENTS | case.get("args", {}))
     )
     model = specimen.build()
+    if "lora" in case:
+        from peft import LoraConfig, get_peft_model
+
+        torch.manual_seed(0)
+        model = get_peft_model(model, LoraConfig(**case["lora"]))
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = case.get("dropout", 0.0)
