@@ -90,8 +90,8 @@ def check_quantisation(model: nn.Module, config: BlockLocalConfig) -> None:
     if config.block_parallel_size > 1:
         raise UnsupportedSettingError(
             f"The model is quantised ({kind}), and block_parallel_size={config.block_parallel_size} lets go of "
-            "weights and gathers them by name, which packed weights do not stand. Train it in one process, or load it without "
-            "quantization_config."
+            "weights and gathers them by name, which packed weights do not stand. Train it in one "
+            "process, or load it without quantization_config."
         )
 
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from hf_blocklocal.assembly import Assembly
+from hf_blocklocal.blocks import Boundaries
 from hf_blocklocal.errors import BatchMismatchError, UnsupportedSettingError
 from hf_blocklocal.parallel.chain import Chain
 from hf_blocklocal.parallel.exchange import WeightExchange
@@ -40,10 +41,14 @@ class Stationing:
         self.names = names_of(assembly.module)
         self.owners = {p: block for block, mine in enumerate(assembly.parameters) for p in mine}
         needs = trace_needs(model, boundaries, batch)
+        self.owners |= _holders_of_frozen(model, boundaries, needs.parameters)
         unneeded = unneeded_here(model, boundaries, chain.block, needs) - self._lent_as_it_is()
         copies = assembly.copies
         if copies is not None:
-            exchange = WeightExchange(chain, dict(model.named_parameters()), assembly.lent, assembly.owners)
+            parameters = dict(model.named_parameters())
+            # What is frozen is the same everywhere, and may be gone where it is not needed.
+            moving = [{name for name in names if parameters[name].requires_grad} for names in assembly.lent]
+            exchange = WeightExchange(chain, parameters, moving, assembly.owners)
             copies.of_block(chain.block, exchange)
         heads = [p for block, head in enumerate(assembly.heads) if block != chain.block for p in head.parameters()]
         let_go_([p for name, p in model.named_parameters() if name in unneeded] + heads)
@@ -141,6 +146,20 @@ class Stationing:
 
     def _send(self, value: Any) -> None:
         self._chain.outbox.send(self._facts, value)
+
+
+def _holders_of_frozen(
+    model: nn.Module, boundaries: Boundaries, needed: Sequence[frozenset[str]]
+) -> dict[nn.Parameter, int]:
+    """Return, of frozen parameters outside the layers, the last block that uses them, and so has them.
+
+    No loss reaches them, so nothing else says whose they are.
+    """
+    return {
+        parameter: max(block for block, names in enumerate(needed) if name in names)
+        for name, parameter in model.named_parameters()
+        if not parameter.requires_grad and boundaries.cut.layer_of_path(name) is None and name in set().union(*needed)
+    }
 
 
 def checksum(inputs: Mapping[str, Any]) -> list[Any]:
