@@ -1,9 +1,9 @@
 """Compare adapters with all weights, block by block and as a whole: accuracy, memory and time at one budget.
 
-MiniLM learns which chapter of the Library Reference a docstring belongs to, as in `learning.py`. Each of the four, LoRA
-or all weights, `BlockLocalTrainer` or `Trainer`, chooses its learning rate on the validation texts with the first seed;
-the test texts are scored with all seeds. Memory is that of the first step: what autograd saves for backward, and all
-tensors made in it with the gradients. Time is that of the steps after the first.
+MiniLM learns which chapter of the Library Reference a docstring is from, as in `learning.py`. Each of the four (LoRA or
+all weights, `BlockLocalTrainer` or `Trainer`) chooses its learning rate on the validation texts with the first seed,
+and is scored on the test texts with all seeds. Memory is that of the first step: what autograd saves for backward, and
+all tensors made in it with the gradients. Time is that of the steps after the first.
 
     OMP_NUM_THREADS=1 python scripts/benchmarks/lora.py
     OMP_NUM_THREADS=1 python scripts/benchmarks/lora.py --seeds 1 --texts 64 --tests 64    # a laptop, in a minute

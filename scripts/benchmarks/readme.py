@@ -61,6 +61,8 @@ def sections() -> dict[str, str]:
     }
     if (HERE / "results" / "block_parallel-cpu.json").is_file():
         result["block_parallel"] = "\n".join(block_parallel(load("block_parallel-cpu"))) + "\n"
+    if (HERE / "results" / "lora-cpu.json").is_file():
+        result["lora"] = "\n".join(lora(load("lora-cpu"))) + "\n"
     if (HERE / "results" / "pipelining-cpu.json").is_file():
         result["pipelining"] = "\n".join(pipelining(load("pipelining-cpu"))) + "\n"
     if (HERE / "results" / "scale-cpu.json").is_file():
@@ -314,6 +316,24 @@ def assisted(report: dict[str, Any]) -> list[str]:
         f"| {' | '.join(HEADER)} |",
         f"|{'---|' * len(HEADER)}",
         *(f"| {' | '.join(cells(row))} |" for row in report["results"]),
+    ]
+
+
+def lora(report: dict[str, Any]) -> list[str]:
+    """Adapters beside all weights, block by block and as a whole."""
+    sys.path.insert(0, str(HERE))
+    from lora import HEADER, cells
+
+    settings = report["settings"]
+    return [
+        f"MiniLM, docstrings to chapters, K = {settings['blocks']}, {settings['texts']} texts, "
+        f"{settings['budget']['num_train_epochs']} epochs",
+        f"({where(report).replace(', one run', '')}). Mean ± standard deviation",
+        f"over {settings['seeds']} seeds. °: the best learning rate is at the edge of the grid.",
+        "",
+        f"| {' | '.join(HEADER)} |",
+        f"|{'---|' * len(HEADER)}",
+        *(f"| {' | '.join(cells(row))} |" for row in report["rows"]),
     ]
 
 
