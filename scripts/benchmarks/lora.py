@@ -1,7 +1,7 @@
 """Compare adapters with all weights, block by block and as a whole: accuracy, memory and time at one budget.
 
-MiniLM learns which chapter of the Library Reference a docstring is from, as in `learning.py`. Each of the four (LoRA or
-all weights, `BlockLocalTrainer` or `Trainer`) chooses its learning rate on the validation texts with the first seed,
+MiniLM learns which chapter of the Library Reference a docstring is from, as in `learning.py`. Each of four (LoRA
+or all weights, `BlockLocalTrainer` or `Trainer`) chooses its learning rate on validation texts with the first seed,
 and is scored on the test texts with all seeds. Memory is that of the first step: what autograd saves for backward, and
 all tensors made in it with the gradients. Time is that of the steps after the first.
 
