@@ -90,7 +90,7 @@ def test_the_printed_cut_is_that_of_the_run(ran):
 
 def test_the_figures_named_are_those_that_are_drawn(ran):
     stated = next(line[2:] for line in README.splitlines() if line.startswith("# ['loss.png'"))
-    assert stated == ran[0][2].splitlines()[-1]
+    assert stated == next(text for text in ran[0] if "loss.png" in text).splitlines()[-1]
 
 
 @pytest.mark.parametrize("command", [line for block in blocks("bash") for line in block.splitlines()])
@@ -109,7 +109,7 @@ def test_every_file_named_exists():
         assert (ROOT / name).exists(), name
 
 
-@pytest.mark.parametrize("name", ["quickstart", "benchmarks", "learning", "scale", "assisted", "models", "lora"])
+@pytest.mark.parametrize("name", ["quickstart", "benchmarks", "learning", "scale", "assisted", "models"])
 def test_tables_are_what_the_committed_results_say(name):
     readme = script("benchmarks/readme")
     assert readme.between(README, name) == readme.sections()[name]
