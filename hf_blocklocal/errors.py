@@ -95,6 +95,10 @@ class BatchMismatchError(BlockLocalError, RuntimeError):
     """Processes of one chain read different batches. Make data loading the same in all of them, then start again."""
 
 
+class OutOfStepError(BlockLocalError, RuntimeError):
+    """A process of a chain has ended where another goes on. Let callbacks and conditions come out the same in all."""
+
+
 class HistoryError(BlockLocalError, ValueError):
     """A history file is missing or holds a line that is no row. The message names the line; mend or remove it."""
 

@@ -45,6 +45,7 @@ class Chain:
         device: Where this process computes.
         inbox: Where messages of the block below arrive; none at the first.
         outbox: Where messages to the block above are put; none at the last.
+        in_session: Whether streams are open.
     """
 
     block: int
@@ -59,9 +60,9 @@ class Chain:
     device: torch.device
     inbox: Inbox | None = None
     outbox: Outbox | None = None
+    in_session: bool = False
     _outboxes: list[Outbox] = field(default_factory=list, repr=False)
     _inboxes: list[Inbox] = field(default_factory=list, repr=False)
-    _sessions: int = field(default=0, repr=False)
     _failed: bool = field(default=False, repr=False)
 
     @property
@@ -114,14 +115,20 @@ class Chain:
                     payload = dist.new_group([first + sender, first + receiver], timeout=_PATIENCE)
                 if first == self.first_rank and self.block == sender:
                     rank = first + receiver
-                    watch = partial(self.peers.check, rank)
-                    outboxes[receiver] = Outbox(Link(rank, headers, payload, self.device), watch)
+                    outboxes[receiver] = Outbox(Link(rank, headers, payload, self.device), partial(self._watch, rank))
                 elif first == self.first_rank and self.block == receiver:
                     rank = first + sender
-                    inboxes[sender] = Inbox(Link(rank, headers, payload, self.device), partial(self.peers.check, rank))
+                    inboxes[sender] = Inbox(Link(rank, headers, payload, self.device), partial(self._watch, rank))
         self._outboxes += outboxes.values()
         self._inboxes += inboxes.values()
         return outboxes, inboxes
+
+    def _watch(self, peer: int, broken: BaseException | None = None) -> None:
+        """Raise if waiting for a process is in vain, or if any other stream of this one has broken in the meantime."""
+        for box in [*self._outboxes, *self._inboxes]:
+            if box.error is not None:
+                self.peers.check(box.link.peer, box.error)
+        self.peers.check(peer, broken)
 
     def look_around(self) -> None:
         """Raise if a process that this one exchanges messages with has failed or is gone.
@@ -139,21 +146,20 @@ class Chain:
 
     @contextmanager
     def session(self) -> Iterator[None]:
-        """Keep the streams open inside the `with`; sessions within a session are part of it.
+        """Keep the streams open inside the `with`.
 
         All processes of a chain must begin and end it together. After an error the streams are left as they are: the
         process is to end.
         """
-        self._sessions += 1
+        assert not self.in_session, "a session has no sessions within"
+        self.in_session = True
         boxes = [*self._outboxes, *self._inboxes]
-        if self._sessions == 1:
-            for box in boxes:
-                box.open()
+        for box in boxes:
+            box.open()
         yield
-        if self._sessions == 1:
-            for box in boxes:
-                box.close()
-        self._sessions -= 1
+        for box in boxes:
+            box.close()
+        self.in_session = False
 
     def leave(self) -> None:
         """Say no more to anyone: the process is about to end."""

@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from hf_blocklocal.errors import OutOfStepError
 from hf_blocklocal.parallel.wire import TensorForm, decoded, encoded, put_together, take_apart
 
 
@@ -26,6 +27,10 @@ HEADER_BYTES = 4096
 # Messages that may wait on either side. Two hide a transfer; more evens out blocks whose pace varies.
 DEPTH = 4
 _POLL = 0.1
+_OUT_OF_STEP = (
+    "This process {} rank {}, which {}. Processes of a chain must train, evaluate and stop together: let callbacks, "
+    "and whatever the script makes depend on the rank or on a clock, come out the same in all of them."
+)
 
 
 @dataclass(frozen=True)
@@ -75,7 +80,7 @@ class _Worker:
         self._watch = watch
         self.waited = 0.0
         self._queue: queue.Queue[Any] = queue.Queue(DEPTH)
-        self._error: BaseException | None = None
+        self.error: BaseException | None = None
         self._thread: threading.Thread | None = None
 
     def open(self) -> None:
@@ -92,7 +97,7 @@ class _Worker:
                 torch.cuda.set_device(self.link.device)
             self._run()
         except BaseException as error:  # noqa: BLE001 - whatever it is, the process that computes must hear of it
-            self._error = error
+            self.error = error
 
     def _check_open(self) -> None:
         if self._thread is None:
@@ -100,7 +105,7 @@ class _Worker:
 
     def check(self) -> None:
         """Raise if the thread has found that the other side is gone."""
-        self._watch(self._error)
+        self._watch(self.error)
 
     @contextmanager
     def _waiting(self) -> Iterator[None]:
@@ -113,7 +118,7 @@ class _Worker:
     def _join(self) -> None:
         while self._thread.is_alive():
             self._thread.join(_POLL)
-            self._watch(self._error)
+            self._watch(self.error)
         self._thread = None
 
 
@@ -145,8 +150,8 @@ class Outbox(_Worker):
         self._check_open()
         with self._waiting():
             while True:
-                if self._error is not None:
-                    self._watch(self._error)
+                if self.error is not None:
+                    self._watch(self.error)
                 try:
                     return self._queue.put(item, timeout=_POLL)
                 except queue.Full:
@@ -173,6 +178,7 @@ class Inbox(_Worker):
     def __init__(self, link: Link, watch: Callable[[BaseException | None], None]) -> None:
         super().__init__(link, watch)
         self._closing = threading.Event()
+        self._missed = False
 
     def take(self) -> Message:
         """Return the next message, waiting for it if need be."""
@@ -182,7 +188,9 @@ class Inbox(_Worker):
                 try:
                     return self._queue.get(timeout=_POLL)
                 except queue.Empty:
-                    self._watch(self._error)
+                    self._watch(self.error)
+                    if not self._thread.is_alive() and self._queue.empty():
+                        raise OutOfStepError(_OUT_OF_STEP.format("waits for", self.link.peer, "has ended")) from None
 
     def _run(self) -> None:
         header = torch.empty(HEADER_BYTES, dtype=torch.uint8)
@@ -202,11 +210,17 @@ class Inbox(_Worker):
         while not self._closing.is_set():
             with suppress(queue.Full):
                 self._queue.put(message, timeout=_POLL)
-                break
+                return
+        self._missed = True
 
     def close(self) -> None:
-        """Let everything that still comes go by, until the other side says that nothing more will for now."""
+        """Wait until the other side says that nothing more will come for now.
+
+        Raises:
+            OutOfStepError: If something has come that nobody has taken.
+        """
         self._closing.set()
         self._join()
         self._closing.clear()
-        self._queue = queue.Queue(DEPTH)
+        if self._missed or not self._queue.empty():
+            raise OutOfStepError(_OUT_OF_STEP.format("has ended, and", self.link.peer, "goes on"))

@@ -24,7 +24,12 @@ from hf_blocklocal.parallel.gathering import gather_samples, gather_to_first, sh
 from hf_blocklocal.parallel.leaving import Leaving
 from hf_blocklocal.parallel.shards import OptimizerShard, plain_values_in, state_of, tensors_in
 from hf_blocklocal.parallel.stationing import Stationing
-from hf_blocklocal.settings import check_block_parallel, check_model_given, check_optimizer_not_given
+from hf_blocklocal.settings import (
+    check_block_parallel,
+    check_model_given,
+    check_optimizer_not_given,
+    check_outputs_of_all_layers,
+)
 
 
 class PlacesBlocks(Trainer):
@@ -61,6 +66,7 @@ class PlacesBlocks(Trainer):
         """Let go of what belongs to other processes."""
         if self._chain is not None:
             check_model_given(self.model_init is None)
+            check_outputs_of_all_layers(self.model)
             self._stationing = Stationing(self.assembly, self._chain, self._first_batch())
             self._stationing.move_(self.args.device)
             self.accelerator.prepare_model(self.model, device_placement=False, evaluation_mode=True)
@@ -70,6 +76,10 @@ class PlacesBlocks(Trainer):
         if self._chain is not None:
             check_optimizer_not_given(given)
             self._shard = OptimizerShard(optimizer, self._stationing.names, self._stationing.is_mine)
+
+    def _is_own_shard(self, optimizer: torch.optim.Optimizer | None) -> bool:
+        """Tell whether an optimizer is that of an earlier run, which has only the parameters that are here."""
+        return self._shard is not None and self._shard.optimizer is optimizer
 
     @property
     def _blocks_here(self) -> Sequence[Sequence[nn.Parameter]]:
@@ -97,8 +107,11 @@ class PlacesBlocks(Trainer):
 
     @contextmanager
     def _session(self) -> Iterator[None]:
-        """Exchange messages with the other processes inside the `with`, and tell them why if this one fails."""
-        if self._chain is None:
+        """Exchange messages with the other processes inside the `with`, and tell them why if this one fails.
+
+        A session within a session is part of it: what is on its way at its end may stay there.
+        """
+        if self._chain is None or self._chain.in_session:
             yield
             return
         try:
@@ -141,6 +154,10 @@ class PlacesBlocks(Trainer):
         with suppress(EndOfBlock), self.compute_loss_context_manager():
             self._forward(**inputs)
         return None
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        """Count the operations of a chain once: the parent counts those of the whole model, and adds up processes."""
+        return super().floating_point_ops(inputs) if self._chain is None or self._chain.block == 0 else 0
 
     def _announce(self, inputs: Mapping[str, Any], *where: int | str) -> None:
         """Say what the messages of the micro-batch to come belong to."""
@@ -248,6 +265,7 @@ class PlacesBlocks(Trainer):
         if self._chain is None:
             super()._save_rng_state(output_dir)
         elif self._chain.block == 0:
+            Path(output_dir).mkdir(parents=True, exist_ok=True)  # another chain may be here before the one that writes
             with TemporaryDirectory() as folder:
                 super()._save_rng_state(folder)
                 shutil.move(Path(folder) / self._random_state_file, Path(output_dir) / self._random_state_of_replica)
