@@ -20,7 +20,7 @@ _MARGIN = 2
 
 
 class Leaving:
-    """Takes SIGTERM for a run of block-parallel training, and gives it back.
+    """Takes SIGTERM, and where a checkpoint is to be saved Ctrl-C, for a run of block-parallel training.
 
     Args:
         chain: The place of this process.
@@ -30,14 +30,17 @@ class Leaving:
     def __init__(self, chain: Chain, *, save: bool) -> None:
         self._chain, self._save = chain, save
         self._told = False
-        self._before: Callable[..., Any] | int | None = None
+        self._before: dict[int, Callable[..., Any] | int | None] = {}
 
     def __enter__(self) -> Leaving:
-        self._before = signal.signal(signal.SIGTERM, self._hear)
+        # A launcher that is stopped by Ctrl-C passes on just that.
+        for sign in (signal.SIGTERM, signal.SIGINT) if self._save else (signal.SIGTERM,):
+            self._before[sign] = signal.signal(sign, self._hear)
         return self
 
     def __exit__(self, *_: Any) -> None:
-        signal.signal(signal.SIGTERM, self._before)
+        for sign, before in self._before.items():
+            signal.signal(sign, before)
 
     def due(self, step: int) -> bool:
         """Tell whether the run is to end after an optimizer step.
@@ -58,5 +61,5 @@ class Leaving:
             if self._save and not self._told:
                 self._told = True
                 return
-        signal.signal(sign, self._before)
+        signal.signal(sign, self._before[sign])
         signal.raise_signal(sign)
