@@ -133,7 +133,11 @@ def check_block_parallel(args: TrainingArguments, config: BlockLocalConfig) -> N
             str(args.include_num_input_tokens_seen).lower() not in ("false", "no"),
             "it counts over all processes at every step, which none could then run ahead of",
         ),
-        "fp16": (bool(args.fp16), "the loss scale of one process would differ from that of another; use bf16"),
+        "eval_use_gather_object": (bool(args.eval_use_gather_object), "predictions are gathered as tensors"),
+        "fp16": (
+            bool(args.fp16) or getattr(args, "mixed_precision", None) == "fp16",
+            "the loss scale of one process would differ from that of another; use bf16",
+        ),
     }
     for name, (given, reason) in refused.items():
         if given:
@@ -143,6 +147,22 @@ def check_block_parallel(args: TrainingArguments, config: BlockLocalConfig) -> N
             f"accelerator_config={{'use_seedable_sampler': False}} and {size} exclude each other: processes of one "
             "chain would read different batches. Leave it at True."
         )
+
+
+def check_outputs_of_all_layers(model: nn.Module) -> None:
+    """Refuse models whose loss or predictions are made of what all layers return, which no process has.
+
+    Raises:
+        UnsupportedSettingError: If the model's config asks for it.
+    """
+    names = ("output_router_logits", "output_hidden_states", "output_attentions", "use_weighted_layer_sum")
+    for name in names:
+        if getattr(getattr(model, "config", None), name, False):
+            raise UnsupportedSettingError(
+                f"model.config.{name}=True and block_parallel_size above 1 exclude each other: it takes what all "
+                "layers return, and a process has only those of its block. Set it to False, or train in one process: "
+                "block_parallel_size=1."
+            )
 
 
 def check_model_given(given: bool) -> None:

@@ -6,10 +6,17 @@ import pytest
 from accelerate.utils import DistributedType
 from torch import nn
 from transformers import TrainingArguments
+from zoo import SPECIMENS
 
 from hf_blocklocal.config import BlockLocalConfig
 from hf_blocklocal.errors import UnsupportedSettingError
-from hf_blocklocal.settings import check_arguments, check_launcher, check_loss_settings, check_placement
+from hf_blocklocal.settings import (
+    check_arguments,
+    check_launcher,
+    check_loss_settings,
+    check_outputs_of_all_layers,
+    check_placement,
+)
 from hf_blocklocal.targets import Task
 
 
@@ -149,3 +156,11 @@ def test_a_custom_loss_cannot_stand_in_for_a_loss_of_the_whole_batch():
     assert str(error.value) == (
         "sim=0.5 is a part of the loss of a head, and compute_loss_func replaces that loss. Leave one of the two out."
     )
+
+
+def test_a_model_that_gathers_over_all_layers_is_refused_where_a_process_has_one_block():
+    model = SPECIMENS["mixtral"].build()
+    with pytest.raises(UnsupportedSettingError, match="output_router_logits=True and block_parallel_size above 1"):
+        check_outputs_of_all_layers(model)
+    model.config.output_router_logits = False
+    check_outputs_of_all_layers(model)
