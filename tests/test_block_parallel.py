@@ -28,6 +28,8 @@ BEST = {
     "load_best_model_at_end": True,
     "metric_for_best_model": "block_0_loss",
 }
+# What only block-parallel training fills in by itself.
+REFRESHED = {"head_refresh_steps": 10}
 # Cases of two processes, each with the block-parallel size that it gets there.
 TWO = {
     "bert": {"specimen": "bert", "dropout": 0.1, "args": BEST, "config": {}},
@@ -60,6 +62,26 @@ TWO = {
         "config": {},
     },
     "vit": {"specimen": "vit", "dropout": 0.1, "config": {"reconstruction": 0.5, "head_layers": 0}},
+    "llama, compiled": {
+        "specimen": "llama",
+        "args": {"torch_compile": True, "torch_compile_backend": "eager"},
+        "config": {"head_layers": 0, **REFRESHED},
+    },
+    "bert, partly frozen": {
+        "specimen": "bert",
+        "frozen": "bert.embeddings",
+        "normalised": True,
+        "runs": 2,
+        "args": {"gradient_checkpointing": True},
+        "config": {"head_layers": 0},
+    },
+    "bert, frozen below": {"specimen": "bert", "frozen": "bert.embeddings", "config": {}},
+    "t5, checkpointed": {
+        "specimen": "t5",
+        "dropout": 0.1,
+        "args": {"gradient_checkpointing": True},
+        "config": {"tied_weights": "freeze"},
+    },
 }
 FOUR = {
     "bert in 4": {"specimen": "bert", "dropout": 0.1, "config": {"num_blocks": 4, "head_layers": 2}},
@@ -82,8 +104,6 @@ COUNTED = {
     "args": {"logging_steps": 100, "gradient_accumulation_steps": 2},
     "config": {"num_blocks": 2, "block_parallel_size": 2, "head_refresh_steps": 2, "head_refresh_lag": 1},
 }
-# What only block-parallel training fills in by itself.
-REFRESHED = {"head_refresh_steps": 10}
 
 
 def settled(case, *, processes):
@@ -154,7 +174,7 @@ def logs_of(folder):
 
 
 def without_times(values):
-    return {key: value for key, value in values.items() if not key.endswith(("runtime", "per_second", "flos"))}
+    return {key: value for key, value in values.items() if not key.endswith(("runtime", "per_second"))}
 
 
 PLACES = [*((name, "one", "two", 2) for name in TWO), *((name, "one", "four", 4) for name in FOUR)]

@@ -30,12 +30,6 @@ class Stationing:
 
     def __init__(self, assembly: Assembly, chain: Chain, batch: Mapping[str, Any]) -> None:
         self._assembly, self._chain = assembly, chain
-        if assembly.step.router_loss is not None:
-            raise UnsupportedSettingError(
-                f"{type(assembly.module.model).__name__} balances its experts over all layers "
-                "(output_router_logits=True), and a process with one block sees only its own. Set "
-                "model.config.output_router_logits = False, or use block_parallel_size=1."
-            )
         model, boundaries = assembly.module.model, assembly.step.boundaries
         self._facts: dict[str, Any] = {}
         self.names = names_of(assembly.module)
@@ -51,7 +45,7 @@ class Stationing:
             exchange = WeightExchange(chain, parameters, moving, assembly.owners)
             copies.of_block(chain.block, exchange)
         heads = [p for block, head in enumerate(assembly.heads) if block != chain.block for p in head.parameters()]
-        let_go_([p for name, p in model.named_parameters() if name in unneeded] + heads)
+        let_go_([p for name, p in model.named_parameters() if name in unneeded and not self.is_mine(p)] + heads)
         boundaries.station = Stage(
             model,
             boundaries,
@@ -83,12 +77,10 @@ class Stationing:
 
     def state(self) -> dict[str, Tensor]:
         """Return what this process is to contribute to a checkpoint, by name in the whole."""
-        module, cut = self._assembly.module, self._assembly.cut
-        state = {self.names[p]: p.detach() for p in module.parameters() if self.is_mine(p)}
-        for name, buffer in module.named_buffers():
-            if self._block_of_buffer(name, cut) == self._chain.block:
-                state[name] = buffer
-        return state
+        block, module = self._chain.block, self._assembly.module
+        kept = (parameter for parameter in module.parameters() if self.owners[parameter] == block)
+        buffers = {name: buffer for name, buffer in module.named_buffers() if self._block_of_buffer(name) == block}
+        return {self.names[parameter]: parameter.detach() for parameter in kept} | buffers
 
     def checkpoint(self) -> dict[str, Tensor]:
         """Return all weights of model and heads by name, gathered where checkpoints are written; elsewhere nothing."""
@@ -108,7 +100,7 @@ class Stationing:
             UnsupportedSettingError: If the model cannot be made from its config.
         """
         model = self._assembly.module.model
-        if not callable(getattr(model, "_from_config", None)):
+        if not callable(getattr(type(model), "_from_config", None)):  # the type: adapters pass on what they wrap
             raise UnsupportedSettingError(
                 f"{type(model).__name__} cannot be made anew from its config. Save the model, and load it from there."
             )
@@ -127,11 +119,17 @@ class Stationing:
         lent = self._assembly.lent[block] if block < len(self._assembly.lent) else set()
         return {name for name in lent if not model.get_parameter(name).requires_grad}
 
-    def _block_of_buffer(self, name: str, cut: Any) -> int:
+    def _block_of_buffer(self, name: str) -> int:
+        """Return the block that a buffer belongs to: that of its layer, or of the parameters next to it."""
         part, inside = name.split(".", 1)
         if part == "heads":
             return int(inside.split(".")[0])
-        return cut.block_of_path(inside) or 0
+        block, module = self._assembly.cut.block_of_path(inside), name
+        while block is None:
+            module = module.rpartition(".")[0]
+            near = (owner for other, owner in self.owners.items() if self.names[other].startswith(f"{module}."))
+            block = min(near, default=None)
+        return block
 
     def _receive(self) -> Any:
         message = self._chain.inbox.take()

@@ -126,6 +126,8 @@ class BlockLocalMixin(EvaluatesBlocks, SavesBlocks, PushesRuns, PlacesBlocks, Wr
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Optimize the heads together with the model, in place of the model alone."""
+        if self._is_own_shard(self._inner_optimizer):
+            return self.optimizer
         given, has_schedule = self.optimizer, self.lr_scheduler is not None
         optimizer = super().create_optimizer(self.assembly.module)
         if given is not None:

@@ -4,7 +4,8 @@ Usage: block_parallel.py OUTPUT_DIR CASES
 
 CASES is JSON: for each case by name its `specimen`, `batch_size` per device, fields of `BlockLocalConfig` in `config`,
 of `TrainingArguments` in `args`, and, as needed, `lora`, `dropout`, `resume` (a checkpoint), `odd` (a rank that reads
-other batches), `raises`, `killed` and `stopped` (rank and step), `generates` (a prompt).
+other batches), `raises`, `killed` and `stopped` (rank and step), `generates` (a prompt), `frozen` (a part of the
+model), `normalised` (whether its classifier starts with a batch norm), `runs` (how often to train).
 """
 
 from __future__ import annotations
@@ -95,13 +96,13 @@ def rows_of(specimen, seeds):
     return [{key: value[i] for key, value in specimen.batch(seed).items()} for seed in seeds for i in range(4)]
 
 
-def run(folder, case):
-    """Train, evaluate, predict, and leave `log-RANK.json` and an ordinary checkpoint."""
-    specimen = SPECIMENS[case["specimen"]]
-    args = TrainingArguments(
-        str(folder), per_device_train_batch_size=case.get("batch_size", 4), **(ARGUMENTS | case.get("args", {}))
-    )
-    model = specimen.build()
+def build(case):
+    """Return the model of a case."""
+    model = SPECIMENS[case["specimen"]].build()
+    if case.get("frozen"):
+        model.get_submodule(case["frozen"]).requires_grad_(False)
+    if case.get("normalised"):
+        model.classifier = torch.nn.Sequential(torch.nn.BatchNorm1d(model.config.hidden_size), model.classifier)
     if "lora" in case:
         from peft import LoraConfig, get_peft_model
 
@@ -110,6 +111,16 @@ def run(folder, case):
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = case.get("dropout", 0.0)
+    return model
+
+
+def run(folder, case):
+    """Train, evaluate, predict, and leave `log-RANK.json` and an ordinary checkpoint."""
+    specimen = SPECIMENS[case["specimen"]]
+    args = TrainingArguments(
+        str(folder), per_device_train_batch_size=case.get("batch_size", 4), **(ARGUMENTS | case.get("args", {}))
+    )
+    model = build(case)
     rows = rows_of(specimen, range(9, 17) if case.get("odd") == args.process_index else range(8))
     config = BlockLocalConfig(**case["config"])
     trainer = BlockLocalTrainer(model, args, train_dataset=rows, eval_dataset=rows[:11], block_local=config)
@@ -120,9 +131,11 @@ def run(folder, case):
     if counter is not None:
         trainer.add_callback(counter)
     if case.get("told_to_end"):
-        # As the launcher does when it is told so itself: it passes SIGTERM on to every process.
-        trainer.add_callback(Mishap(case["told_to_end"], lambda: os.kill(os.getpid(), signal.SIGTERM)))
-    trainer.train(resume_from_checkpoint=case.get("resume"))
+        # As the launcher does when it is told so itself: it passes the signal on to every process.
+        sign = signal.SIGINT if args.process_index == 0 else signal.SIGTERM
+        trainer.add_callback(Mishap(case["told_to_end"], lambda: os.kill(os.getpid(), sign)))
+    for _ in range(case.get("runs", 1)):
+        trainer.train(resume_from_checkpoint=case.get("resume"))
     if trainer.state.global_step < trainer.state.max_steps:
         return  # it has been told to end
     predicted = trainer.predict(rows[:11], metric_key_prefix="test")
