@@ -319,7 +319,8 @@ class _Visit:
         if self._left != list(self.expected):
             raise BoundaryNotReachedError(
                 f"A forward pass came by the ends of blocks {self._left}, not {list(self.expected)}: a last layer of "
-                "a block was skipped or ran twice. Random layer dropping and re-entrant checkpointing do this."
+                "a block was skipped or ran twice. Random layer dropping and re-entrant checkpointing do this, and "
+                "trainers that run the model twice for a batch (in evaluations: evaluate_blocks=False)."
             )
 
 

@@ -297,7 +297,8 @@ def test_a_boundary_that_is_not_passed_exactly_once_is_an_error(order, passed):
         model(INPUTS)
     assert str(error.value) == (
         f"A forward pass came by the ends of blocks {passed}, not [0, 1]: a last layer of a block was skipped or ran "
-        "twice. Random layer dropping and re-entrant checkpointing do this."
+        "twice. Random layer dropping and re-entrant checkpointing do this, and trainers that run the model twice for "
+        "a batch (in evaluations: evaluate_blocks=False)."
     )
     assert sum(hooks_of(model)) == 0
 
