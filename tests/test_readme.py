@@ -109,7 +109,7 @@ def test_every_file_named_exists():
         assert (ROOT / name).exists(), name
 
 
-@pytest.mark.parametrize("name", ["quickstart", "benchmarks", "learning", "scale", "assisted", "models"])
+@pytest.mark.parametrize("name", ["quickstart", "benchmarks", "learning", "scale", "assisted", "models", "lora"])
 def test_tables_are_what_the_committed_results_say(name):
     readme = script("benchmarks/readme")
     assert readme.between(README, name) == readme.sections()[name]

@@ -330,6 +330,7 @@ def lora(report: dict[str, Any]) -> list[str]:
         f"{settings['budget']['num_train_epochs']} epochs",
         f"({where(report).replace(', one run', '')}). Mean ± standard deviation",
         f"over {settings['seeds']} seeds. °: the best learning rate is at the edge of the grid.",
+        "Other work on the same cores stretched some runs to almost three times others, so read times as rough.",
         "",
         f"| {' | '.join(HEADER)} |",
         f"|{'---|' * len(HEADER)}",
