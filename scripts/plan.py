@@ -102,6 +102,7 @@ def values(words: Sequence[str]) -> dict[str, Any]:
 def plan(options: argparse.Namespace) -> str:
     """Return the table and what stands below it."""
     from hf_blocklocal import BlockLocalConfig
+    from hf_blocklocal.defaults import default_refresh_lag
     from hf_blocklocal.placement import Device, Upkeep, place
 
     fields = {"num_blocks": options.num_blocks, "block_parallel_size": options.num_blocks}
@@ -123,10 +124,11 @@ def plan(options: argparse.Namespace) -> str:
         lines += [
             f"A step takes {1e3 * placement.seconds:.1f} ms, {rate * options.batch_size:.1f} samples per second."
         ]
-    if any(rank.bytes_down for rank in placement.ranks) and upkeep.refresh_lag < options.num_blocks - 1:
+    lag = default_refresh_lag(options.num_blocks)
+    if any(rank.bytes_down for rank in placement.ranks) and upkeep.refresh_lag < lag:
         lines += [
             "Heads use weights of other ranks. So that none waits for them, copy them every S steps with a lag of "
-            f"at least {options.num_blocks - 1}: --block-local head_refresh_steps=S head_refresh_lag=..."
+            f"at least {lag}: --block-local head_refresh_steps=S head_refresh_lag=..."
         ]
     fields |= {"boundaries": list(placement.boundaries)} | values(options.block_local)
     arguments = ", ".join(f"{name}={value!r}" for name, value in fields.items())

@@ -37,7 +37,7 @@ def test_the_plan_is_a_table_and_the_line_that_launches_it(capsys):
 
 
 def test_heads_that_would_wait_for_layers_of_other_ranks_are_pointed_out(capsys):
-    text = printed(capsys, "--num-blocks", "3", "--block-local", "head_layers=1", "head_refresh_lag=1")
+    text = printed(capsys, "--num-blocks", "4", "--block-local", "head_layers=1", "head_refresh_lag=1")
     assert "copy them every S steps with a lag of at least 2" in text
 
 
