@@ -43,7 +43,7 @@ class Station(Protocol):
     def standing_in(self) -> AbstractContextManager[None]:
         """Let something stand in, inside the `with`, for the layers below the block."""
 
-    def side_input(self, layer: int, name: int | str, value: Any) -> Any:
+    def side_input(self, name: int | str, value: Any) -> Any:
         """Return what a layer is to be given for an input beside its hidden state that other blocks have made."""
 
     def hand_on(self, output: Any) -> None:
@@ -241,7 +241,7 @@ class _Visit:
                     if self._observe is not None:
                         self._observe(index, name, value)
                     if self._station is not None:
-                        value = self._station.side_input(index, name, value)
+                        value = self._station.side_input(name, value)
                 return map_tensors(value, detach)
 
             hidden_name = None if args else hidden_name_in(kwargs)

@@ -125,10 +125,14 @@ class Chain:
 
     def _watch(self, peer: int, broken: BaseException | None = None) -> None:
         """Raise if waiting for a process is in vain, or if any other stream of this one has broken in the meantime."""
-        for box in [*self._outboxes, *self._inboxes]:
+        for box in self._boxes:
             if box.error is not None:
                 self.peers.check(box.link.peer, box.error)
         self.peers.check(peer, broken)
+
+    @property
+    def _boxes(self) -> list[Outbox | Inbox]:
+        return [*self._outboxes, *self._inboxes]
 
     def look_around(self) -> None:
         """Raise if a process that this one exchanges messages with has failed or is gone.
@@ -136,8 +140,8 @@ class Chain:
         Raises:
             BlockPeerError: If one is.
         """
-        for box in [*self._outboxes, *self._inboxes]:
-            box.check()
+        for box in self._boxes:
+            self.peers.check(box.link.peer, box.error)
 
     def fail(self, error: BaseException) -> None:
         """Leave word of an error that ends this process."""
@@ -153,11 +157,10 @@ class Chain:
         """
         assert not self.in_session, "a session has no sessions within"
         self.in_session = True
-        boxes = [*self._outboxes, *self._inboxes]
-        for box in boxes:
+        for box in self._boxes:
             box.open()
         yield
-        for box in boxes:
+        for box in self._boxes:
             box.close()
         self.in_session = False
 

@@ -42,7 +42,7 @@ class Peers:
         self._beats.start()
 
     def report(self, error: BaseException) -> None:
-        """Leave word of why this process fails. Only the first word counts."""
+        """Leave word of why this process fails, unless it fails because of another one."""
         if not isinstance(error, BlockPeerError):
             said = {"rank": self._rank, "step": self.step, "error": f"{type(error).__name__}: {error}"[:2000]}
             self._store.set(f"failed/{self._rank}", json.dumps(said))

@@ -9,7 +9,7 @@ pass is broken off where the block ends. Weights of other blocks are let go: the
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -20,7 +20,7 @@ from hf_blocklocal.anatomy import input_embedding, output_embedding
 from hf_blocklocal.blocks import Boundaries
 from hf_blocklocal.lending import replaced_forward
 from hf_blocklocal.parallel.needs import Needs
-from hf_blocklocal.signals import map_tensors
+from hf_blocklocal.signals import given_hidden, map_tensors
 
 
 class Stage:
@@ -79,7 +79,7 @@ class Stage:
                 stack.callback(last.register_forward_pre_hook(self._note_for_above, with_kwargs=True).remove)
             yield
 
-    def side_input(self, layer: int, name: int | str, value: Any) -> Any:
+    def side_input(self, name: int | str, value: Any) -> Any:
         """Return what a layer is to be given for an input beside its hidden state that other blocks have made."""
         return self._given.get(name, value)
 
@@ -112,7 +112,7 @@ class Stage:
 
 def _hands_on(form: int) -> Callable[..., Any]:
     def forward(*args: Any, **kwargs: Any) -> Any:
-        hidden = args[0] if args else kwargs["hidden_states"]
+        hidden = given_hidden(args, kwargs)
         return hidden if form == 0 else (hidden, *[None] * (form - 1))
 
     return forward
@@ -160,8 +160,3 @@ def move_(module: nn.Module, device: torch.device) -> None:
 def _names_in(model: nn.Module, part: nn.Module) -> list[str]:
     mine = set(part.parameters())
     return [name for name, parameter in model.named_parameters() if parameter in mine]
-
-
-def names_of(model: nn.Module) -> Mapping[nn.Parameter, str]:
-    """Return the name of every parameter."""
-    return {parameter: name for name, parameter in model.named_parameters()}

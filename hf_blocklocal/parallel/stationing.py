@@ -16,7 +16,7 @@ from hf_blocklocal.parallel.chain import Chain
 from hf_blocklocal.parallel.exchange import WeightExchange
 from hf_blocklocal.parallel.gathering import gather_to_first, give_to_all
 from hf_blocklocal.parallel.needs import trace_needs
-from hf_blocklocal.parallel.stage import Stage, let_go_, move_, names_of, unneeded_here
+from hf_blocklocal.parallel.stage import Stage, let_go_, move_, unneeded_here
 
 
 class Stationing:
@@ -32,7 +32,7 @@ class Stationing:
         self._assembly, self._chain = assembly, chain
         model, boundaries = assembly.module.model, assembly.step.boundaries
         self._facts: dict[str, Any] = {}
-        self.names = names_of(assembly.module)
+        self.names = {parameter: name for name, parameter in assembly.module.named_parameters()}
         self.owners = {p: block for block, mine in enumerate(assembly.parameters) for p in mine}
         needs = trace_needs(model, boundaries, batch)
         self.owners |= _holders_of_frozen(model, boundaries, needs.parameters)
@@ -57,7 +57,7 @@ class Stationing:
         )
 
     def is_mine(self, parameter: nn.Parameter) -> bool:
-        """Tell whether this process trains a parameter."""
+        """Tell whether a parameter is this process's to train, or to save if it is frozen."""
         return self.owners.get(parameter) == self._chain.block
 
     def move_(self, device: torch.device) -> None:
@@ -78,7 +78,7 @@ class Stationing:
     def state(self) -> dict[str, Tensor]:
         """Return what this process is to contribute to a checkpoint, by name in the whole."""
         block, module = self._chain.block, self._assembly.module
-        kept = (parameter for parameter in module.parameters() if self.owners[parameter] == block)
+        kept = (parameter for parameter in module.parameters() if self.is_mine(parameter))
         buffers = {name: buffer for name, buffer in module.named_buffers() if self._block_of_buffer(name) == block}
         return {self.names[parameter]: parameter.detach() for parameter in kept} | buffers
 

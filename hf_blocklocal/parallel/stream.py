@@ -103,10 +103,6 @@ class _Worker:
         if self._thread is None:
             raise RuntimeError(f"The stream of rank {self.link.peer} is closed: open a session of the chain first.")
 
-    def check(self) -> None:
-        """Raise if the thread has found that the other side is gone."""
-        self._watch(self.error)
-
     @contextmanager
     def _waiting(self) -> Iterator[None]:
         start = time.perf_counter()

@@ -1,0 +1,122 @@
+"""The README's tables of training on several devices, as Markdown."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from statistics import median
+from typing import Any
+
+
+def block_parallel(report: dict[str, Any], place: str) -> list[str]:
+    """Throughput of a block per process beside the other ways of training."""
+    size = report["size"]
+    one = "times block-local, one process"
+    lines = [
+        f"**Throughput** of a BERT of {size['layers']} layers, width {size['width']}, batches of {size['batch']} x",
+        f"{size['sequence']} tokens, an optimizer step per batch; median [range] of {report['rounds']} rounds;",
+        f"{place.replace(', one run', '')}.",
+        "The first ratio is of wall time on these cores, the second of processor time in the busiest process: what",
+        "processes with a core each would reach if none waited.",
+        "",
+        "| | samples/s | x one process, wall | x one process, processor time | time waited, by block |",
+        "|---|---|---|---|---|",
+    ]
+    for row in report["results"]:
+        ratios = [f"{median(row[one][clock]):.2f} {_range(row[one][clock])}" for clock in ("wall", "processor")]
+        waited = ", ".join(f"{share:.0%}" for share in row["waited"]) if "block-local" in row["way"] else ""
+        lines.append(f"| {row['way']} | {row['samples_per_second']:.1f} | {ratios[0]} | {ratios[1]} | {waited} |")
+    return lines
+
+
+def _range(values: Sequence[float]) -> str:
+    return f"[{min(values):.2f}-{max(values):.2f}]"
+
+
+def pipelining(report: dict[str, Any], place: str) -> list[str]:
+    """Measured utilisation of emulated devices by schedule and micro-batches."""
+    settings, rows = report["settings"], report["rows"]
+    lines = [
+        f"**Measured on emulated devices**: median utilisation of {settings['rounds']} rounds. A process per rank,",
+        f"messages of {settings['megabytes']:g} MB over gloo, passes of {settings['seconds'] * 1e3:g} ms slept, a",
+        f"block-local head of {settings['head']:.0%} of its block, an optimizer step per batch;",
+        f"{place.replace(', one run', '')}.",
+        "Empty where torch refuses so few micro-batches.",
+        "",
+    ]
+    counts = sorted({row["m"] for row in rows})
+    for blocks in sorted({row["K"] for row in rows}):
+        mine = [row for row in rows if row["K"] == blocks]
+        shares = {(row["schedule"], row["m"]): row["utilisation"] for row in mine}
+        stream = shares["block-local", 1]
+        # A stream steps after every micro-batch, so it is the same at any number of them.
+        lines += [
+            f"| K = {blocks} | {' | '.join(f'm = {count}' for count in counts)} |",
+            f"|---|{'---|' * len(counts)}",
+        ]
+        for name in dict.fromkeys(row["schedule"] for row in mine):
+            given = [stream if name == "block-local" else shares[name, count] for count in counts]
+            cells = [_cell(value, bold=value is not None and value > stream) for value in given]
+            lines.append(f"| {name} | {' | '.join(cells)} |")
+        lines.append("")
+    return [*lines, "Schedules that are ahead of block-local are bold."]
+
+
+PIPELINES = ("1F1B", "interleaved", "ZB-H1")
+
+
+def scale(report: dict[str, Any], place: str) -> list[str]:
+    """Simulated efficiency by ranks, micro-batches and link; where a pipeline is ahead, it is marked."""
+    settings = report["settings"]
+    lines = [
+        f"**Simulated** by `{report['command']}`: time of the model's own passes as a share of the ranks'",
+        "time. Forward pass, input gradient and weight gradient take equally long, an optimizer step takes",
+        f"{settings['optimizer']} of a forward pass, and a block-local head costs {settings['head']:.0%} of its",
+        "block. The best is bold. GPipe is as 1F1B here; an interleaved schedule needs a multiple of K micro-batches,",
+        "ZB-H1 at least K.",
+        "",
+        "![efficiency by ranks](scripts/benchmarks/results/scale.png)",
+        "",
+        *_efficiencies([row for row in report["ranks"] if row["K"] in (2, 4, 8, 64) and row["m"] != 4], ()),
+        "",
+        f"The same with the messages of a {settings['layers']}-layer model of width 4096, a sequence of 2048 each:",
+        "",
+        *_efficiencies([row for row in report["links"] if row["K"] < 64], ("link",)),
+        "",
+        "Eight ranks whose pace varies (standard deviation of the logarithm), by messages that may wait between two:",
+        "",
+        *_table(report["jitter"]),
+        "",
+        "A collective of all ranks, such as a global gradient norm, puts the bubble back:",
+        "",
+        *_table(report["barriers"]),
+    ]
+    for point in report.get("measured", ()):
+        lines.append(
+            f"\nMeasured beside: {point['schedule']}, K = {point['K']}, m = {point['m']}: simulated "
+            f"{point['deviation']:+.1%} of what was measured."
+        )
+    return lines
+
+
+def _efficiencies(rows: Sequence[dict[str, Any]], first: tuple[str, ...]) -> list[str]:
+    shown = (*PIPELINES, "block-local")
+    lines = [f"| {' | '.join((*first, 'K', 'm', *shown))} |", f"|{'---|' * (len(first) + 2 + len(shown))}"]
+    for row in rows:
+        best = max(row[each] for each in shown if row[each] is not None)
+        cells = [_cell(row[each], bold=row[each] == best) for each in shown]
+        lines.append(f"| {' | '.join([*(row[each] for each in first), str(row['K']), str(row['m']), *cells])} |")
+    return lines
+
+
+def _table(rows: Sequence[dict[str, Any]]) -> list[str]:
+    names = list(rows[0])
+    lines = [f"| {' | '.join(names)} |", f"|{'---|' * len(names)}"]
+    return lines + [
+        f"| {' | '.join([str(row[names[0]]), *(_cell(row[name]) for name in names[1:])])} |" for row in rows
+    ]
+
+
+def _cell(value: float | None, *, bold: bool = False) -> str:
+    if value is None:
+        return ""
+    return f"**{value:.2f}**" if bold else f"{value:.2f}"
