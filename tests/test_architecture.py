@@ -34,7 +34,7 @@ FLOORS = [
         "standin",
         "targets",
     ],
-    ["bootstrap", "defaults", "tying", "families", "polish", "sampling", "scaling", "spans", "updates"],
+    ["bootstrap", "defaults", "lane", "tying", "families", "polish", "sampling", "scaling", "spans", "updates"],
     ["losses", "model_costs"],
     ["feedback", "placement"],
     ["blocks", "card", "meters", "plots", "probe", "randomness", "settings"],

@@ -14,6 +14,8 @@ import torch
 from safetensors.torch import load_file
 from test_data_parallel import free_port
 
+from hf_blocklocal.history import HISTORY_NAME, Timeline, read_history
+
 
 # The first test waits for all runs.
 pytestmark = [pytest.mark.launch, pytest.mark.timeout(900)]
@@ -203,6 +205,16 @@ def test_logs_are_those_of_one_process(runs, name, first, second, processes):
 def test_no_process_holds_the_whole_model(runs, name, first, second, processes):
     assert all(log["held"] < 0.85 for log in logs_of(runs / second / name))
     assert all(log["held"] == 1 for log in logs_of(runs / first / name))
+
+
+def test_the_history_says_who_worked_when(runs):
+    for place, name, blocks in (("two", "bert", 2), ("four", "bert in 4", 4), ("four", "bert in chains", 2)):
+        rows = [row for row in read_history(runs / place / name / HISTORY_NAME) if isinstance(row, Timeline)]
+        assert {row.block for row in rows} == set(range(blocks))
+        assert all(row.start < row.stop for row in rows)
+        for block in range(blocks):
+            mine = [row for row in rows if row.block == block]
+            assert all(one.stop <= other.start for one, other in zip(mine, mine[1:], strict=False))
 
 
 def test_the_whole_model_generates_in_every_process(runs):

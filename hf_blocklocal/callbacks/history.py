@@ -26,6 +26,7 @@ from hf_blocklocal.history import (
     resumed,
     write_history,
 )
+from hf_blocklocal.lane import Lane
 from hf_blocklocal.memory import name_of, peaks_so_far
 from hf_blocklocal.portrait import blocks_of, devices_of
 
@@ -51,7 +52,8 @@ class HistoryCallback(TrainerCallback):
     Every `BlockLocalTrainer` has one. Rows are held by the first process. The file appears in the output folder when
     training starts, or, with `save_strategy="no"`, with the first `save_model()` or `save_state()`, and from then on
     grows row by row. It replaces that of an earlier run; a run that is resumed goes on with what came before its
-    checkpoint. At the end of training each process says how long its steps took and what memory its devices needed.
+    checkpoint. At the end of training each process says how long its steps took and what memory its devices needed,
+    and, where blocks are in several, when it worked in the last few steps.
 
     Args:
         trainer: The `BlockLocalTrainer` to look at.
@@ -63,6 +65,7 @@ class HistoryCallback(TrainerCallback):
         self._file: Path | None = None
         self._began = 0.0
         self._run, self._since_log = Clock(), Clock()
+        self._lane: Lane | None = None
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -70,6 +73,8 @@ class HistoryCallback(TrainerCallback):
         """Start anew, or where the checkpoint of a resumed run ends."""
         self._run, self._since_log = Clock(), Clock()
         chain, assembly = self.trainer._chain, self.trainer.assembly
+        # Chains are copies of each other: one of them is enough to look at.
+        self._lane = None if chain is None or chain.replica > 0 else Lane(chain.block, chain.waits)
         here = devices_of(assembly, only=None if chain is None else chain.block)
         everywhere = gather_from_processes(here, args.world_size)
         if not state.is_world_process_zero:
@@ -88,6 +93,8 @@ class HistoryCallback(TrainerCallback):
     ) -> None:
         """Start the clock."""
         self._began = time.perf_counter()
+        if self._lane is not None:
+            self._lane.begin()
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -96,6 +103,8 @@ class HistoryCallback(TrainerCallback):
         took = time.perf_counter() - self._began
         self._run.add(took)
         self._since_log.add(took)
+        if self._lane is not None:
+            self._lane.end(state.global_step)
 
     def on_log(
         self,
@@ -124,7 +133,8 @@ class HistoryCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Let every process say what it has taken in all."""
-        for rows in gather_from_processes(self._of_this_process(self._run), args.world_size):
+        mine = self._of_this_process(self._run) + ([] if self._lane is None else self._lane.rows())
+        for rows in gather_from_processes(mine, args.world_size):
             for row in rows if state.is_world_process_zero else ():
                 self.add(row)
 
@@ -132,6 +142,7 @@ class HistoryCallback(TrainerCallback):
         """Go on where another one stops, whose place this one takes."""
         self.rows, self._file = other.rows, other._file
         self._began, self._run, self._since_log = other._began, other._run, other._since_log
+        self._lane = other._lane
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write the rows so far into a folder; that of the run is kept up to date from then on."""
@@ -143,7 +154,7 @@ class HistoryCallback(TrainerCallback):
             self._file = path
 
     def add(self, row: Row) -> None:
-        """Keep a row that somebody else has made, a stretch of a timeline for example; in the first process only."""
+        """Keep a row that somebody else has made; in the first process only."""
         self.rows.append(row)
         if self._file is not None:
             append_row(self._file, row)

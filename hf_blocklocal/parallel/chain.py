@@ -95,6 +95,10 @@ class Chain:
         """Seconds that this process has waited for a neighbour so far."""
         return sum(box.waited for box in (self.inbox, self.outbox) if box is not None)
 
+    def waits(self) -> list[tuple[float, float]]:
+        """Return beginning and end of the last times that this process has waited for another, by its clock."""
+        return [wait for box in self._boxes for wait in box.waits]
+
     def connect(self, ways: Sequence[tuple[int, int]]) -> tuple[dict[int, Outbox], dict[int, Inbox]]:
         """Make one-way streams between blocks, the same ones in every chain. All processes must call it together.
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import queue
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -27,6 +28,8 @@ HEADER_BYTES = 4096
 # Messages that may wait on either side. Two hide a transfer; more evens out blocks whose pace varies.
 DEPTH = 4
 _POLL = 0.1
+# Times of waiting that are remembered, enough for the last few steps.
+_REMEMBERED = 256
 _OUT_OF_STEP = (
     "This process {} rank {}, which {}. Processes of a chain must train, evaluate and stop together: let callbacks, "
     "and whatever the script makes depend on the rank or on a clock, come out the same in all of them."
@@ -79,6 +82,7 @@ class _Worker:
         self.link = link
         self._watch = watch
         self.waited = 0.0
+        self.waits: deque[tuple[float, float]] = deque(maxlen=_REMEMBERED)
         self._queue: queue.Queue[Any] = queue.Queue(DEPTH)
         self.error: BaseException | None = None
         self._thread: threading.Thread | None = None
@@ -105,11 +109,12 @@ class _Worker:
 
     @contextmanager
     def _waiting(self) -> Iterator[None]:
-        start = time.perf_counter()
+        start, clock = time.perf_counter(), time.time()
         try:
             yield
         finally:
             self.waited += time.perf_counter() - start
+            self.waits.append((clock, time.time()))
 
     def _join(self) -> None:
         while self._thread.is_alive():
