@@ -116,6 +116,25 @@ def test_measured_points_are_put_beside_simulated_ones():
         scale.compare([point | {"colour": 3}])
 
 
+def test_points_are_read_from_the_reports_of_other_benchmarks():
+    scale = script("benchmarks/scale")
+    settings = {"seconds": 1.0, "head": 0.1}
+    row = {"schedule": "1F1B", "K": 2, "m": 1, "seconds": [6.2, 6.1, 6.3]}
+    skipped = [row | {"schedule": "DualPipeV"}, row | {"schedule": "interleaved", "seconds": None}]
+    emulated = {"settings": settings, "rows": [row, row | {"schedule": "block-local", "seconds": [3.5]}, *skipped]}
+    pipeline, stream = scale.compare(scale.points_of(emulated))
+    assert [pipeline["simulated s"], pipeline["measured s"]] == pytest.approx([6.0, 6.2])
+    assert [stream["simulated s"], stream["measured s"]] == pytest.approx([3.3, 3.5])
+
+    told = [{"wall": 2.1, "processor": 1.5}, {"wall": 2.0, "processor": 2.0}]
+    way = {"way": "block-local, 2 processes", "processes": 2, "waited": [0.0, 0.0], "rounds": [told] * 3}
+    others = [way | {"way": "block-local, 4 processes", "processes": 4}, way | {"way": "backpropagation, 2 processes"}]
+    real = {"machine": {"cores": 2}, "results": [way, *others]}
+    (point,) = scale.compare(scale.points_of(real))
+    assert [point["simulated s"], point["measured s"]] == pytest.approx([2.0, 2.1])
+    assert scale.points_of([{"blocks": 2}]) == [{"blocks": 2}]
+
+
 def test_the_committed_results_are_what_the_simulator_says():
     scale = script("benchmarks/scale")
     report = json.loads((scale.HERE / "results" / "scale-cpu.json").read_text(encoding="utf-8"))

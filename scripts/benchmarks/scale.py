@@ -1,9 +1,9 @@
 """How training scales to many ranks, in a simulator: block-local streaming beside pipelines of backpropagation.
 
 To run it (a minute):              python scripts/benchmarks/scale.py
-Against steps that were measured:  python scripts/benchmarks/scale.py --measured points.json
+Against steps that were measured:  python scripts/benchmarks/scale.py --measured FILE [FILE ...]
 
-A file of measured points is a list of mappings: `schedule` (block-local, GPipe, 1F1B, interleaved or ZB-H1), `blocks`,
+Measured are the reports of `pipelining.py` and `block_parallel.py`, or lists of points. A point is a mapping: `schedule` (block-local, GPipe, 1F1B, interleaved or ZB-H1), `blocks`,
 `step_seconds`, and in seconds what the simulator is to start from: `forward`, `to_input`, `to_weights`, and, if need
 be, `micro_batches`, `optimizer`, `head` (share of the three passes), `pace` (slowness of each rank), `jitter`, and
 `transfer` and `latency` of a message.
@@ -19,6 +19,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, fields, replace
 from functools import partial
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from common import HERE, parse, parser, print_table, write_report
@@ -44,7 +45,7 @@ TOLERANCE = 0.10
 def main(argv: Sequence[str] | None = None) -> None:
     """Simulate, print tables, write them as JSON and as a plot."""
     arguments = parser("How training scales to many ranks, in a simulator.")
-    arguments.add_argument("--measured", type=Path, help="JSON of measured points to compare the simulator with.")
+    arguments.add_argument("--measured", type=Path, nargs="+", default=[], help="JSON of what the simulator is to meet.")
     arguments.add_argument("--plot", type=Path, default=HERE / "results" / "scale.png", help="Where to draw.")
     options = parse(arguments, argv)
     results: dict[str, Any] = {"settings": {"head": HEAD, "optimizer": OPTIMIZER, "layers": LAYERS}}
@@ -56,8 +57,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     for name in ("ranks", "links", "jitter", "barriers", "imbalance"):
         print(f"\n{name}: efficiency")
         show(results[name])
-    if options.measured is not None:
-        results["measured"] = compare(json.loads(options.measured.read_text(encoding="utf-8")))
+    if options.measured:
+        reports = [json.loads(path.read_text(encoding="utf-8")) for path in options.measured]
+        results["measured"] = compare([point for report in reports for point in points_of(report)])
         print("\nmeasured points")
         show(results["measured"])
     from scale_plot import draw
@@ -129,6 +131,45 @@ def by_imbalance() -> Iterator[dict[str, Any]]:
             f"{schedule.name}, m=32": schedule.efficiency(work, steps=4) for schedule in (ONE_F_ONE_B, ZERO_BUBBLE)
         }
         yield {"last rank": slowness, **pipes, **whole}
+
+
+def points_of(report: Any) -> list[dict[str, Any]]:
+    """Return the measured points of a report: of emulated devices, of real steps, or a list of points as it is."""
+    if isinstance(report, list):
+        return report
+    if "rows" in report:
+        return list(_of_emulated(report["settings"], report["rows"]))
+    return list(_of_real(report["results"], report["machine"]["cores"]))
+
+
+def _of_emulated(settings: dict[str, Any], rows: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """Yield a point for every schedule that the simulator knows and torch could run."""
+    names = {schedule.name for schedule in SCHEDULES}
+    for row in rows:
+        if row["schedule"] in names and row["seconds"] is not None:
+            point = {"schedule": row["schedule"], "blocks": row["K"], "micro_batches": row["m"]}
+            yield point | {
+                **dict.fromkeys(("forward", "to_input", "to_weights"), settings["seconds"]),
+                "head": settings["head"] if row["schedule"] == BLOCK_LOCAL.name else 0.0,
+                "step_seconds": median(row["seconds"]),
+            }
+
+
+def _of_real(results: Sequence[dict[str, Any]], cores: int) -> Iterator[dict[str, Any]]:
+    """Yield a point for every block-parallel run that had a core for each process.
+
+    What its processes computed, head and optimizer included, is their processor time; the simulator is to say how long
+    they take together.
+    """
+    for row in results:
+        if row["waited"] and 1 < row["processes"] <= cores and row["way"].startswith(BLOCK_LOCAL.name):
+            by_rank = [median(each["processor"] for each in told) for told in zip(*row["rounds"], strict=True)]
+            point = {"schedule": BLOCK_LOCAL.name, "blocks": row["processes"]}
+            yield point | {
+                **dict.fromkeys(("forward", "to_input", "to_weights"), by_rank[0] / 3),
+                "pace": [each / by_rank[0] for each in by_rank],
+                "step_seconds": median(max(each["wall"] for each in told) for told in row["rounds"]),
+            }
 
 
 def compare(points: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
