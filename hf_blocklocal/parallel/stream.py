@@ -163,9 +163,13 @@ class Outbox(_Worker):
             header, tensors = self._queue.get()
             dist.send(header, self.link.peer, group=self.link.headers)
             for tensor in tensors:
-                dist.send(tensor.contiguous().to(self.link.staging), self.link.peer, group=self.link.payload)
+                self._transmit(tensor.contiguous().to(self.link.staging))
             if not decoded(header):
                 return
+
+    def _transmit(self, tensor: Tensor) -> None:
+        """Send one tensor, in the thread."""
+        dist.send(tensor, self.link.peer, group=self.link.payload)
 
 
 class Inbox(_Worker):

@@ -6,12 +6,15 @@ Every rank is a process of its own, and messages are real, over gloo; what a dev
 processes do not compete for cores, and what is measured is waiting: bubbles, and the work of the runtime itself. A
 micro-batch takes a rank the same time everywhere, an optimizer step follows every batch, and utilisation is that time
 over the time that has passed. Block-local heads take a share of their block on top (--head), which counts as lost.
+The stream runs a second time over a link of so many bits a second (--gigabits): each message takes as long as it would
+there, slept by the thread that sends.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
 from statistics import median
 from typing import Any
 
@@ -29,6 +32,7 @@ ROUNDS, STEPS = 5, 1
 FILLING, STREAMED = 4, 8
 MICRO_BATCHES = (1, 2, 4, 8)
 STREAM = "block-local"
+SLOW_STREAM = "block-local, slow link"
 # Name of the schedule: class, stages per rank, and whether they go up and down again.
 SCHEDULES = {
     "GPipe": ("ScheduleGPipe", 1, False),
@@ -71,6 +75,28 @@ class Device(nn.Module):
         return hidden + _Asleep.apply(self.weight, 0.0, to_weights)
 
 
+@dataclass(frozen=True)
+class Emulated:
+    """What is made believe.
+
+    Attributes:
+        seconds: A pass of a rank's layers on a micro-batch.
+        head: Cost of a head as a share of its block.
+        megabytes: Size of a message.
+        gigabits: What the slow link carries a second.
+    """
+
+    seconds: float
+    head: float
+    megabytes: float
+    gigabits: float
+
+    @property
+    def samples(self) -> int:
+        """Rows of a micro-batch, for messages of that size."""
+        return max(1, int(self.megabytes * 2**20 / 4 / WIDTH))
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Measure, print a table, write it as JSON."""
     arguments = parser("Block-local streaming beside pipeline schedules, on emulated devices.")
@@ -78,21 +104,20 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments.add_argument("--seconds", type=float, default=0.04, help="A pass of a rank's layers on a micro-batch.")
     arguments.add_argument("--head", type=float, default=0.1, help="Cost of a head as a share of its block.")
     arguments.add_argument("--megabytes", type=float, default=1.0, help="Size of a message.")
+    arguments.add_argument("--gigabits", type=float, default=1.0, help="A second, over the slow link.")
     options = parse(arguments, argv)
-    rows = [
-        row for blocks in options.ranks for row in measure(blocks, options.seconds, options.head, options.megabytes)
-    ]
+    emulated = Emulated(options.seconds, options.head, options.megabytes, options.gigabits)
+    rows = [row for blocks in options.ranks for row in measure(blocks, emulated)]
     show(rows)
-    settings = {"seconds": options.seconds, "head": options.head, "megabytes": options.megabytes, "rounds": ROUNDS}
+    settings = {**asdict(emulated), "rounds": ROUNDS}
     print(f"\nWritten to {write_report('pipelining', 'cpu', options, {'settings': settings, 'rows': rows})}")
 
 
-def measure(blocks: int, seconds: float, head: float, megabytes: float) -> list[dict[str, Any]]:
+def measure(blocks: int, emulated: Emulated) -> list[dict[str, Any]]:
     """Run everything on some ranks. Returns a row for each schedule and number of micro-batches."""
     context = mp.get_context("spawn")
     results = context.SimpleQueue()
-    port = _free_port()
-    mp.spawn(_rank, (blocks, port, seconds, head, megabytes, results), nprocs=blocks)
+    mp.spawn(_rank, (blocks, _free_port(), emulated, results), nprocs=blocks)
     return results.get()
 
 
@@ -101,16 +126,18 @@ def _free_port() -> int:
     return store.port
 
 
-def _rank(rank: int, blocks: int, port: int, seconds: float, head: float, megabytes: float, results: Any) -> None:
+def _rank(rank: int, blocks: int, port: int, emulated: Emulated, results: Any) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=blocks)
-    samples = max(1, int(megabytes * 2**20 / 4 / WIDTH))
-    rows = [_row(STREAM, blocks, 1, seconds, list(_streamed(rank, blocks, samples, seconds, head)))]
+    rows = [
+        _row(name, blocks, 1, emulated.seconds, list(_streamed(rank, blocks, emulated, gigabits)))
+        for name, gigabits in ((STREAM, None), (SLOW_STREAM, emulated.gigabits))
+    ]
     for name in SCHEDULES:
         for micro_batches in MICRO_BATCHES:
-            run = _pipeline(name, rank, blocks, micro_batches, samples, seconds)
+            run = _pipeline(name, rank, blocks, micro_batches, emulated)
             times = None if run is None else list(_timed(run))
-            rows.append(_row(name, blocks, micro_batches, seconds, times))
+            rows.append(_row(name, blocks, micro_batches, emulated.seconds, times))
     if rank == 0:
         results.put(rows)
     dist.barrier()
@@ -147,15 +174,14 @@ def _timed(run: Callable[[], None]) -> Iterator[float]:
         yield _slowest(time.perf_counter() - start) / STEPS
 
 
-def _pipeline(
-    name: str, rank: int, blocks: int, micro_batches: int, samples: int, seconds: float
-) -> Callable[[], None] | None:
+def _pipeline(name: str, rank: int, blocks: int, micro_batches: int, emulated: Emulated) -> Callable[[], None] | None:
     """Return one training step of a schedule; nothing where it cannot be run with so few micro-batches."""
     kind, pieces, folded = SCHEDULES[name]
     total = blocks * pieces
     numbers = [rank, total - 1 - rank] if folded else [rank + blocks * piece for piece in range(pieces)]
     stages = [
-        pipelining.PipelineStage(Device(seconds / pieces), number, total, torch.device("cpu")) for number in numbers
+        pipelining.PipelineStage(Device(emulated.seconds / pieces), number, total, torch.device("cpu"))
+        for number in numbers
     ]
     parameters = [parameter for stage in stages for parameter in stage.submod.parameters()]
     optimizer = torch.optim.AdamW(parameters)
@@ -165,7 +191,7 @@ def _pipeline(
         )
     except ValueError:  # torch wants more micro-batches for it
         return None
-    batch = torch.zeros(samples * micro_batches, WIDTH)
+    batch = torch.zeros(emulated.samples * micro_batches, WIDTH)
     given = (batch,) if 0 in numbers else ()
     target = {"target": batch, "losses": []} if total - 1 in numbers else {}
 
@@ -177,35 +203,45 @@ def _pipeline(
     return run
 
 
-def _streamed(rank: int, blocks: int, samples: int, seconds: float, head: float) -> Iterator[float]:
+def _streamed(rank: int, blocks: int, emulated: Emulated, gigabits: float | None) -> Iterator[float]:
     """Stream batches through the blocks and yield the seconds of a step, once the stream is filled, in each round."""
     from hf_blocklocal.parallel.stream import Inbox, Link, Outbox
+
+    class Throttled(Outbox):
+        """Takes for every tensor the time that a slow link would take, on top of what loopback takes."""
+
+        def _transmit(self, tensor: Tensor) -> None:
+            time.sleep(0.0 if gigabits is None else 8 * tensor.nbytes / (gigabits * 1e9))
+            super()._transmit(tensor)
 
     def link(lower: int, upper: int, peer: int) -> Link | None:
         group = dist.new_group([lower, upper], backend="gloo")
         return Link(peer, group, group, torch.device("cpu")) if rank in (lower, upper) else None
 
     edges = [link(lower, lower + 1, lower + 1 if rank == lower else lower) for lower in range(blocks - 1)]
-    outbox = Outbox(edges[rank], _raise) if rank < blocks - 1 else None
+    outbox = Throttled(edges[rank], _raise) if rank < blocks - 1 else None
     inbox = Inbox(edges[rank - 1], _raise) if rank > 0 else None
-    block = Device(seconds)
+    boxes = [box for box in (outbox, inbox) if box is not None]
+    for box in boxes:
+        box.open()
+    block = Device(emulated.seconds)
     optimizer = torch.optim.AdamW(block.parameters())
     for _ in range(ROUNDS):
         dist.barrier()
         for step in range(FILLING + STREAMED):
             if step == FILLING:
                 start = time.perf_counter()
-            arrived = torch.zeros(samples, WIDTH) if inbox is None else inbox.take().value
+            arrived = torch.zeros(emulated.samples, WIDTH) if inbox is None else inbox.take().value
             output = block(arrived.requires_grad_())
             if outbox is not None:
                 outbox.send({"step": step}, output.detach())
-                time.sleep(3 * seconds * head)
+                time.sleep(3 * emulated.seconds * emulated.head)
             output.mean().backward()
             optimizer.step()
             optimizer.zero_grad()
         yield _slowest(time.perf_counter() - start) / STREAMED
-    if outbox is not None:
-        outbox.close()
+    for box in boxes:
+        box.close()
 
 
 def _raise(error: BaseException | None) -> None:

@@ -35,12 +35,14 @@ def _range(values: Sequence[float]) -> str:
 def pipelining(report: dict[str, Any], place: str) -> list[str]:
     """Measured utilisation of emulated devices by schedule and micro-batches."""
     settings, rows = report["settings"], report["rows"]
+    link = 8 * settings["megabytes"] * 2**20 / settings["gigabits"] / 1e6
     lines = [
         f"**Measured on emulated devices**: median utilisation of {settings['rounds']} rounds. A process per rank,",
         f"messages of {settings['megabytes']:g} MB over gloo, passes of {settings['seconds'] * 1e3:g} ms slept, a",
         f"block-local head of {settings['head']:.0%} of its block, an optimizer step per batch;",
         f"{place.replace(', one run', '')}.",
-        "Empty where torch refuses so few micro-batches.",
+        f"Over the slow link, {settings['gigabits']:g} Gb/s, a message is {link:.0f} ms under way.",
+        "Empty where torch refuses so few micro-batches; with a single one, 1F1B does what GPipe does.",
         "",
     ]
     counts = sorted({row["m"] for row in rows})
@@ -54,8 +56,10 @@ def pipelining(report: dict[str, Any], place: str) -> list[str]:
             f"|---|{'---|' * len(counts)}",
         ]
         for name in dict.fromkeys(row["schedule"] for row in mine):
-            given = [stream if name == "block-local" else shares[name, count] for count in counts]
-            cells = [_cell(value, bold=value is not None and value > stream) for value in given]
+            streams = name.startswith("block-local")
+            given = [shares[name, 1 if streams else count] for count in counts]
+            ahead = [value is not None and value > stream and not streams for value in given]
+            cells = [_cell(value, bold=bold) for value, bold in zip(given, ahead, strict=True)]
             lines.append(f"| {name} | {' | '.join(cells)} |")
         lines.append("")
     return [*lines, "Schedules that are ahead of block-local are bold."]

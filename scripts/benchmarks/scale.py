@@ -3,10 +3,10 @@
 To run it (a minute):              python scripts/benchmarks/scale.py
 Against steps that were measured:  python scripts/benchmarks/scale.py --measured FILE [FILE ...]
 
-Measured are the reports of `pipelining.py` and `block_parallel.py`, or lists of points. A point is a mapping: `schedule` (block-local, GPipe, 1F1B, interleaved or ZB-H1), `blocks`,
-`step_seconds`, and in seconds what the simulator is to start from: `forward`, `to_input`, `to_weights`, and, if need
-be, `micro_batches`, `optimizer`, `head` (share of the three passes), `pace` (slowness of each rank), `jitter`, and
-`transfer` and `latency` of a message.
+Measured are the reports of `pipelining.py` and `block_parallel.py`, or lists of points. A point is a mapping:
+`schedule` (block-local, GPipe, 1F1B, interleaved or ZB-H1), `blocks`, `step_seconds`, and in seconds what the
+simulator is to start from: `forward`, `to_input`, `to_weights`, and, if need be, `micro_batches`, `optimizer`, `head`
+(share of the three passes), `pace` (slowness of each rank), `jitter`, and `transfer` and `latency` of a message.
 
 Efficiency is the time of the model's own passes over that of the ranks: what heads cost counts against it, as waiting
 does. It is of steps, not of learning: how much a local step teaches is another table.
@@ -45,7 +45,9 @@ TOLERANCE = 0.10
 def main(argv: Sequence[str] | None = None) -> None:
     """Simulate, print tables, write them as JSON and as a plot."""
     arguments = parser("How training scales to many ranks, in a simulator.")
-    arguments.add_argument("--measured", type=Path, nargs="+", default=[], help="JSON of what the simulator is to meet.")
+    arguments.add_argument(
+        "--measured", type=Path, nargs="+", default=[], help="JSON of what the simulator is to meet."
+    )
     arguments.add_argument("--plot", type=Path, default=HERE / "results" / "scale.png", help="Where to draw.")
     options = parse(arguments, argv)
     results: dict[str, Any] = {"settings": {"head": HEAD, "optimizer": OPTIMIZER, "layers": LAYERS}}
