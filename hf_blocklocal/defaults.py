@@ -31,8 +31,8 @@ REFRESH_STEPS = 10
 def default_head_layers(num_blocks: int) -> int:
     """Return how many layers heads borrow by default: one where the model is cut in two, else two.
 
-    In the learning benchmark (README), one layer in two blocks came within 1 % of backpropagation's perplexity and
-    above its accuracy on images, and two layers in four blocks within 3.3 %.
+    In the learning benchmark (docs/learning.md), one layer in two blocks came within 1 % of backpropagation's
+    perplexity and above its accuracy on images, and two layers in four blocks within 3.3 %.
     """
     return min(num_blocks - 1, 2)
 
@@ -42,7 +42,7 @@ def default_refresh_lag(num_blocks: int) -> int:
 
     A forward pass is a third of a step, so the first block is ahead of the last by a third of a step for every block
     between them. A longer lag would let it run further ahead, and what heads borrow would be older: in the learning
-    benchmark (README) that costs more than anything else that processes of their own do.
+    benchmark (docs/learning.md) that costs more than anything else that processes of their own do.
     """
     return 1 + (num_blocks - 1) // 3
 

@@ -3,7 +3,7 @@
 A family says how well two messages agree: the logarithm of the overlap of the forward message `alpha` (natural
 parameters a) and the backward message `beta` (natural parameters b), summed over the units of the latent, and what
 remains of it when beta is a point mass at an observed target. Formulas: Kappel et al. 2023 (arXiv 2305.14974) read as
-in the README; `overlap` and `surprise` leave out constants that neither message can change.
+in docs/teaching.md; `overlap` and `surprise` leave out constants that neither message can change.
 
 The posterior rho is the normalised product of the two messages. With it the agreement splits into two halves that can
 be read apart, the first of which is what the target tells the block that it did not know:

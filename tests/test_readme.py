@@ -1,4 +1,4 @@
-"""The README is true: its code runs, its commands exist, its tables are what the committed results say."""
+"""README and docs are true: code runs, commands exist, links lead somewhere, tables are what the results say."""
 
 from __future__ import annotations
 
@@ -25,11 +25,19 @@ from sharing import talk_to
 
 
 ROOT = Path(__file__).parents[1]
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+# In the order of reading: the examples of a page go on from those before.
+NAMES = ["README.md", *(f"docs/{name}.md" for name in ("looking", "sizes", "sharing", "neighbours"))]
+NAMES += [f"docs/{name}.md" for name in ("learning", "scaling", "teaching")]
+PAGES = {name: (ROOT / name).read_text(encoding="utf-8") for name in NAMES}
+README = "\n".join(PAGES.values())
 
 
 def blocks(language):
     return re.findall(rf"^```{language}\n(.*?)^```", README, flags=re.MULTILINE | re.DOTALL)
+
+
+def test_every_page_is_read():
+    assert {name for name in NAMES if name != "README.md"} == {f"docs/{path.name}" for path in ROOT.glob("docs/*")}
 
 
 @pytest.fixture(scope="module")
@@ -109,7 +117,26 @@ def test_every_file_named_exists():
         assert (ROOT / name).exists(), name
 
 
-@pytest.mark.parametrize("name", ["quickstart", "benchmarks", "learning", "scale", "assisted", "models", "lora"])
-def test_tables_are_what_the_committed_results_say(name):
+def anchors(text):
+    headings = re.findall(r"^#+ (.*)$", text, flags=re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("name", [*NAMES, "configs/README.md", "model_cards/README.md"])
+def test_every_link_leads_somewhere(name):
+    text = (ROOT / name).read_text(encoding="utf-8")
+    links = [link for link in re.findall(r"\]\(([^)\s]+)\)", text) if not link.startswith("http")]
+    for link in links:
+        place, _, anchor = link.partition("#")
+        target = (ROOT / name).parent / place if place else ROOT / name
+        assert target.exists(), link
+        assert not anchor or anchor in anchors(target.read_text(encoding="utf-8")), link
+
+
+def test_tables_are_what_the_committed_results_say():
     readme = script("benchmarks/readme")
-    assert readme.between(README, name) == readme.sections()[name]
+    sections = readme.sections()
+    marked = re.findall(r"^<!-- (\w+) -->$", README, flags=re.MULTILINE)
+    assert sorted(name for name in marked if name != "end") == sorted(sections)
+    for name, text in sections.items():
+        assert readme.between(readme.page_of(name).read_text(encoding="utf-8"), name) == text

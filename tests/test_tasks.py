@@ -328,4 +328,4 @@ def test_a_configuration_is_listed_with_its_command_task_and_metric(name, train)
 
 def test_the_table_of_the_readme_is_made_from_the_configurations(train):
     readme = script("benchmarks/readme")
-    assert readme.between(readme.README.read_text(encoding="utf-8"), "tasks") == readme.sections()["tasks"]
+    assert readme.between(readme.page_of("tasks").read_text(encoding="utf-8"), "tasks") == readme.sections()["tasks"]

@@ -37,6 +37,29 @@ def markdown(report: Mapping[str, Any]) -> list[str]:
     return lines
 
 
+# Rows of the short table, and for each task the numbers of blocks that it shows.
+HEADLINES = ("backpropagation", "freeze lower", "LoRA", "default", "default in several processes")
+SHOWN = {"text": (3,), "language": (2, 4), "images": (2, 4), "reversal": (10, 20), "cipher": (2,)}
+
+
+def headline(report: Mapping[str, Any]) -> list[str]:
+    """Return one short table of all tasks, a line per task and K: the means of what a reader asks for first."""
+    lines = [f"| | | K | {' | '.join(HEADLINES)} |", "|---|" + "---|" * (len(HEADLINES) + 2)]
+    for name, counts in SHOWN.items():
+        task = report["tasks"][name]
+        metric = task["metric"]
+        arrow = "↑" if metric["higher_is_better"] else "↓"
+        for count in counts:
+            cells = {
+                case["row"]: format(mean(scores(case)), metric["form"])
+                for case in task["cases"]
+                if case["num_blocks"] in (count, None) and scores(case)
+            }
+            shown = " | ".join(cells.get(row, "") for row in HEADLINES)
+            lines.append(f"| {task['title']} | {metric['name']} {arrow} | {count} | {shown} |")
+    return lines
+
+
 def table_of(task: Mapping[str, Any], num_seeds: int) -> list[str]:
     """Return the table of one task: a line per row, a column per number of blocks, and the same for forgetting."""
     blocks = sorted({case["num_blocks"] for case in task["cases"] if case["num_blocks"]}) or [None]

@@ -1,7 +1,7 @@
-"""Print the README's tables from the committed results, so that no number is copied by hand.
+"""Print the tables of README.md and docs/ from the committed results, so that no number is copied by hand.
 
-To print it:              python scripts/benchmarks/readme.py
-To put it into README.md: python scripts/benchmarks/readme.py --write
+To print them:              python scripts/benchmarks/readme.py
+To put them in their place: python scripts/benchmarks/readme.py --write
 """
 
 from __future__ import annotations
@@ -17,19 +17,21 @@ from readme_scaling import block_parallel, pipelining, scale
 
 
 HERE = Path(__file__).resolve().parent
-README = HERE.parents[1] / "README.md"
+ROOT = HERE.parents[1]
+PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Print the sections, or put each between its marks."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--write", action="store_true", help="Change README.md.")
+    parser.add_argument("--write", action="store_true", help="Change the pages.")
     write = parser.parse_args(argv).write
     for name, text in sections().items():
         if write:
-            readme = README.read_text(encoding="utf-8")
-            old = f"{start(name)}{between(readme, name)}{END}"
-            README.write_text(readme.replace(old, f"{start(name)}{text}{END}"), encoding="utf-8")
+            page = page_of(name)
+            before = page.read_text(encoding="utf-8")
+            old = f"{start(name)}{between(before, name)}{END}"
+            page.write_text(before.replace(old, f"{start(name)}{text}{END}"), encoding="utf-8")
         else:
             print(text)
 
@@ -42,9 +44,15 @@ def start(name: str) -> str:
 END = "<!-- end -->"
 
 
-def between(readme: str, name: str) -> str:
+def page_of(name: str) -> Path:
+    """Return the one page that has a section."""
+    (page,) = (page for page in PAGES if start(name) in page.read_text(encoding="utf-8"))
+    return page
+
+
+def between(page: str, name: str) -> str:
     """Return what stands between the marks of a section."""
-    return readme.split(start(name))[1].split(END)[0]
+    return page.split(start(name))[1].split(END)[0]
 
 
 def sections() -> dict[str, str]:
@@ -56,7 +64,7 @@ def sections() -> dict[str, str]:
     result = {
         "quickstart": "\n".join(quickstart(load("quickstart-cpu"))) + "\n",
         "benchmarks": "\n".join(benchmarks) + "\n",
-        "tasks": "\n".join(tasks_table(HERE.parents[1] / "configs" / "train")) + "\n",
+        "tasks": "\n".join(tasks_table(ROOT / "configs" / "train")) + "\n",
         "assisted": "\n".join(assisted(load("assisted_generation-cpu"))) + "\n",
         "models": "\n".join(models(load("supported_models"))) + "\n",
     }
@@ -70,6 +78,7 @@ def sections() -> dict[str, str]:
         result["scale"] = "\n".join(scale(*_with_place("scale-cpu"))) + "\n"
     if (HERE / "results" / "learning-cpu.json").is_file():
         result["learning"] = "\n".join(learning(load("learning-cpu"))) + "\n"
+        result["learning_summary"] = "\n".join(learning_summary(load("learning-cpu"))) + "\n"
     return result
 
 
@@ -117,6 +126,15 @@ def learning(report: dict[str, Any]) -> list[str]:
         large = load("learning-gpu")
         lines += ["", f"Larger, by `{large['command']}` on one {large['machine']['gpu']}:", "", *markdown(large)]
     return lines
+
+
+def learning_summary(report: dict[str, Any]) -> list[str]:
+    """The rows of the learning benchmark that a reader asks for first."""
+    sys.path.insert(0, str(HERE))
+    from learning_report import headline
+
+    seeds = len(report["seeds"])
+    return [f"Means of {seeds} seeds (`{report['command']}`), every learning rate tuned.", "", *headline(report)]
 
 
 def models(report: dict[str, Any]) -> list[str]:

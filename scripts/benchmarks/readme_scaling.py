@@ -1,4 +1,4 @@
-"""The README's tables of training on several devices, as Markdown."""
+"""The tables of training on several devices, as Markdown."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def scale(report: dict[str, Any], place: str) -> list[str]:
         "block. The best is bold. GPipe is as 1F1B here; an interleaved schedule needs a multiple of K micro-batches,",
         "ZB-H1 at least K.",
         "",
-        "![efficiency by ranks](scripts/benchmarks/results/scale.png)",
+        "![efficiency by ranks](../scripts/benchmarks/results/scale.png)",
         "",
         *_efficiencies([row for row in report["ranks"] if row["K"] in (2, 4, 8, 64) and row["m"] != 4], ()),
         "",
