@@ -1,14 +1,15 @@
 """Measure the memory of a training step: block-local learning, backpropagation, gradient checkpointing.
 
 Runs real trainers on a 12-layer encoder with a class per text and on a 12-layer decoder that predicts tokens, with a
-small vocabulary and with a large one, whose logits are saved by the last block whatever K. Measured in one
-micro-batch of the second optimizer step:
+small vocabulary and with a large one, whose logits are saved by the last block whatever K. Block-local learning comes
+with the default heads, which borrow layers, and with heads of their own. Measured in one micro-batch of the second
+optimizer step:
 
 - saved: the most bytes that autograd keeps for backward passes at any one time, parameters left out. This is what the
   target is about: at most 1/K + 0.10 of what backpropagation saves, heads and losses included. It cannot be seen
   where activations are checkpointed.
 - alive: the most bytes of all tensors made in the step, with the gradients of the parameters in place beforehand.
-- with gradients: the same, gradients included. Stepping each block at once (last row) keeps those of one block.
+- with gradients: the same, gradients included. Stepping each block at once keeps those of one block.
 - allocated (GPU only): the peak of CUDA's allocator over what was allocated before, with gradients.
 
     OMP_NUM_THREADS=1 python scripts/benchmarks/memory.py --device cpu
@@ -43,6 +44,7 @@ SIZES = {"cpu": Size(width=512, batch=4), "cuda": Size(width=1024, batch=16, seq
 LARGE_VOCABULARY = 32_000
 TARGET_MARGIN = 0.10
 PLAIN, CHECKPOINTED = "backpropagation", "gradient checkpointing"
+OWN_HEADS = "heads of their own"
 MEASURES = ("saved", "alive", "with_gradients", "allocated")
 
 
@@ -70,12 +72,20 @@ def main(argv: Sequence[str] | None = None) -> None:
 def methods(blocks: Sequence[int]) -> dict[str, dict[str, Any]]:
     """Return the settings of every method, by name; backpropagation first."""
     some = blocks[-2 if len(blocks) > 1 else -1]
+    local = {
+        **{f"K={count}": {"num_blocks": count} for count in blocks},
+        f"K={some}, balance=cost": {"num_blocks": some, "balance": "cost"},
+        f"K={some}, step_per_block": {"num_blocks": some, "step_per_block": True},
+    }
+    local |= {
+        f"{name}, {OWN_HEADS}": {**fields, "head_layers": 0}
+        for name, fields in local.items()
+        if fields["num_blocks"] > 1
+    }
     return {
         PLAIN: {"block_local": None},
         CHECKPOINTED: {"block_local": None, "checkpointing": True},
-        **{f"K={count}": {"block_local": {"num_blocks": count}} for count in blocks},
-        f"K={some}, balance=cost": {"block_local": {"num_blocks": some, "balance": "cost"}},
-        f"K={some}, step_per_block": {"block_local": {"num_blocks": some, "step_per_block": True}},
+        **{name: {"block_local": fields} for name, fields in local.items()},
     }
 
 

@@ -168,28 +168,32 @@ def memory(report: dict[str, Any]) -> list[str]:
     """Peak bytes of one training step as a share of the plain Trainer's."""
     rows = {(row["model"], row["method"]): row for row in report["rows"]}
     models = list(dict.fromkeys(model for model, _ in rows))
+    heads = {"borrow layers (default)": "", "their own (`head_layers=0`)": ", heads of their own"}
     methods = ["K=2", "K=4", "K=12", "K=4, balance=cost"]
     lines = [
         "**Memory.** Peak bytes that autograd saves for backward, heads and losses included, as a share of the plain",
         f"`Trainer`'s; random weights ({where(report)}). The target is 1/K + 0.10; what misses it is marked !.",
         "",
-        f"| 12 layers | {' | '.join(methods)} |",
-        f"|---|{'---|' * len(methods)}",
+        f"| 12 layers | heads | {' | '.join(methods)} |",
+        f"|---|---|{'---|' * len(methods)}",
     ]
     for model in models:
-        shares = [rows[model, method] for method in methods]
-        cells = [f"{row['shares']['saved']:.2f}{'' if row['target_met'] else ' !'}" for row in shares]
-        lines.append(f"| {model} | {' | '.join(cells)} |")
+        for kind, ending in heads.items():
+            shares = [rows[model, f"{method}{ending}"] for method in methods]
+            cells = [f"{row['shares']['saved']:.2f}{'' if row['target_met'] else ' !'}" for row in shares]
+            lines.append(f"| {model} | {kind} | {' | '.join(cells)} |")
     lines += [
         "",
         "All live tensors at their peak, gradients included, as a share of the plain `Trainer`'s:",
         "",
-        "| 12 layers | gradient checkpointing | K=4 | K=4, `step_per_block=True` |",
-        "|---|---|---|---|",
+        "| 12 layers | heads | gradient checkpointing | K=4 | K=4, `step_per_block=True` |",
+        "|---|---|---|---|---|",
     ]
     for model in models:
-        shares = [rows[model, method] for method in ("gradient checkpointing", "K=4", "K=4, step_per_block")]
-        lines.append(f"| {model} | {' | '.join(format(row['shares']['with_gradients'], '.2f') for row in shares)} |")
+        for kind, ending in heads.items():
+            methods = ("gradient checkpointing", f"K=4{ending}", f"K=4, step_per_block{ending}")
+            cells = [format(rows[model, method]["shares"]["with_gradients"], ".2f") for method in methods]
+            lines.append(f"| {model} | {kind} | {' | '.join(cells)} |")
     return lines
 
 
