@@ -4,7 +4,8 @@ Builds one real trainer per method and lets them train a few steps each in rotat
 down slows all of them. A step is all that lies between the ends of two optimizer steps: fetching the batch, forward
 and backward passes, feedback, clipping, the optimizer. Every round gives one ratio per method, its median step against
 the median step of the plain `Trainer` in the same round; a first round is not counted. The target is a median ratio
-of at most 1.10 at K = 3, set for heads of their own; those that borrow layers, the default, run more. On a CPU the same is told in processor time, which other processes disturb less.
+of at most 1.10 at K = 3, which was set for heads of their own; those that borrow layers, the default, run more. On a
+CPU the same is told in processor time, which other processes disturb less.
 
     OMP_NUM_THREADS=1 python scripts/benchmarks/step_time.py --device cpu
     python scripts/benchmarks/step_time.py --device cuda
