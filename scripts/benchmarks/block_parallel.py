@@ -42,12 +42,14 @@ from common import (
 SIZE = Size(layers=8, batch=16)
 WARM_UP = 4
 ONE, BACKPROPAGATION = "block-local, one process", "backpropagation, one process"
+# The same work everywhere: heads that borrow layers would use live ones in one process, and copies in several.
+OWN_HEADS = {"head_layers": 0}
 # By name: processes, fields of BlockLocalConfig (none for the plain Trainer), and by how much a batch is divided.
 WAYS: dict[str, tuple[int, dict[str, Any] | None, int]] = {
     BACKPROPAGATION: (1, None, 1),
-    ONE: (1, {"num_blocks": 2}, 1),
-    "block-local, 2 processes": (2, {"num_blocks": 2, "block_parallel_size": 2}, 1),
-    "block-local, 4 processes": (4, {"num_blocks": 4, "block_parallel_size": 4}, 1),
+    ONE: (1, {"num_blocks": 2, **OWN_HEADS}, 1),
+    "block-local, 2 processes": (2, {"num_blocks": 2, "block_parallel_size": 2, **OWN_HEADS}, 1),
+    "block-local, 4 processes": (4, {"num_blocks": 4, "block_parallel_size": 4, **OWN_HEADS}, 1),
     "backpropagation, 2 processes, data parallel": (2, None, 2),
 }
 

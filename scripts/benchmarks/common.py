@@ -156,8 +156,7 @@ def build_trainer(
     if block_local is None:
         trainer = Trainer(model, args, train_dataset=examples)
     else:
-        # The committed tables are of heads of their own; what borrowed layers add is the model's and not the cut's.
-        config = BlockLocalConfig(**{"head_layers": 0, **block_local})
+        config = BlockLocalConfig(**block_local)
         trainer = BlockLocalTrainer(model, args, train_dataset=examples, block_local=config)
     trainer.remove_callback(PrinterCallback)
     return trainer

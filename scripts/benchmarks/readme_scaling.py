@@ -13,7 +13,8 @@ def block_parallel(report: dict[str, Any], place: str) -> list[str]:
     one = "times block-local, one process"
     lines = [
         f"**Throughput** of a BERT of {size['layers']} layers, width {size['width']}, batches of {size['batch']} x",
-        f"{size['sequence']} tokens, an optimizer step per batch; median [range] of {report['rounds']} rounds;",
+        f"{size['sequence']} tokens, heads of their own, an optimizer step per batch; median [range] of",
+        f"{report['rounds']} rounds;",
         f"{place.replace(', one run', '')}.",
         "The first ratio is of wall time on these cores, the second of processor time in the busiest process: what",
         "processes with a core each would reach if none waited.",
