@@ -120,7 +120,7 @@ def test_points_are_read_from_the_reports_of_other_benchmarks():
     scale = script("benchmarks/scale")
     settings = {"seconds": 1.0, "head": 0.1}
     row = {"schedule": "1F1B", "K": 2, "m": 1, "seconds": [6.2, 6.1, 6.3]}
-    skipped = [row | {"schedule": "DualPipeV"}, row | {"schedule": "interleaved", "seconds": None}]
+    skipped = [row | {"schedule": "DualPipeV"}, row | {"schedule": "interleaved"}, row | {"seconds": None}]
     emulated = {"settings": settings, "rows": [row, row | {"schedule": "block-local", "seconds": [3.5]}, *skipped]}
     pipeline, stream = scale.compare(scale.points_of(emulated))
     assert [pipeline["simulated s"], pipeline["measured s"]] == pytest.approx([6.0, 6.2])
@@ -144,3 +144,9 @@ def test_the_committed_results_are_what_the_simulator_says():
         work = Work(row["K"], row["m"], optimizer=scale.OPTIMIZER, head=scale.HEAD)
         assert {name: row[name] for name in scale.efficiencies(work)} == pytest.approx(scale.efficiencies(work))
     assert (scale.HERE / "results" / "scale.png").stat().st_size > 10_000
+    assert all(point["within 10 %"] for point in report["measured"])
+
+
+def test_efficiencies_are_drawn(tmp_path):
+    rows = list(script("benchmarks/scale").by_ranks())[:10]
+    assert script("benchmarks/scale_plot").draw(rows, tmp_path / "scale.png").stat().st_size > 10_000

@@ -95,10 +95,27 @@ def scale(report: dict[str, Any], place: str) -> list[str]:
         "",
         *_table(report["barriers"]),
     ]
-    for point in report.get("measured", ()):
+    return lines + _measured(report.get("measured", ()))
+
+
+def _measured(points: Sequence[dict[str, Any]]) -> list[str]:
+    """Say how far the simulator was from what was measured."""
+    if not points:
+        return []
+    within = sum(point["within 10 %"] for point in points)
+    lines = [
+        "",
+        f"{within} of {len(points)} measured steps, on emulated devices but for the last one, are within 10 % of what",
+        "the simulator says, by how much less than measured:",
+        "",
+        "| | K | m | simulated, ms | measured, ms | |",
+        "|---|---|---|---|---|---|",
+    ]
+    for point in points:
+        times = " | ".join(f"{1e3 * point[f'{kind} s']:.0f}" for kind in ("simulated", "measured"))
+        mark = "" if point["within 10 %"] else " !"
         lines.append(
-            f"\nMeasured beside: {point['schedule']}, K = {point['K']}, m = {point['m']}: simulated "
-            f"{point['deviation']:+.1%} of what was measured."
+            f"| {point['schedule']} | {point['K']} | {point['m']} | {times} | {point['deviation']:+.1%}{mark} |"
         )
     return lines
 

@@ -145,10 +145,11 @@ def points_of(report: Any) -> list[dict[str, Any]]:
 
 
 def _of_emulated(settings: dict[str, Any], rows: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    """Yield a point for every schedule that the simulator knows and torch could run."""
-    names = {schedule.name for schedule in SCHEDULES}
+    """Yield a point for every schedule that torch could run and the simulator takes for possible."""
+    schedules = {schedule.name: schedule for schedule in SCHEDULES}
     for row in rows:
-        if row["schedule"] in names and row["seconds"] is not None:
+        known = schedules.get(row["schedule"])
+        if known is not None and row["seconds"] is not None and known.fits(Work(row["K"], row["m"])):
             point = {"schedule": row["schedule"], "blocks": row["K"], "micro_batches": row["m"]}
             yield point | {
                 **dict.fromkeys(("forward", "to_input", "to_weights"), settings["seconds"]),

@@ -24,7 +24,7 @@ def draw(rows: Sequence[dict[str, Any]], path: Path) -> Path:
         path: PNG to write.
     """
     from hf_blocklocal.extras import optional
-    from hf_blocklocal.plots import STYLE
+    from hf_blocklocal.plots.style import STYLE
 
     with optional("matplotlib", extra="plots").rc_context(STYLE):
         figure = optional("matplotlib.figure", extra="plots").Figure(figsize=(11, 4.2), layout="constrained")
