@@ -116,7 +116,7 @@ def resident() -> dict[str, int]:
     lines = Path("/proc/self/status").read_text().splitlines()
     parts = [line.partition(":") for line in lines]
     kilobytes = {name: int(rest.split()[0]) for name, _, rest in parts if name.startswith("Rss")}
-    return {"own": 1024 * kilobytes["RssAnon"], "shared": 1024 * kilobytes["RssFile"]}
+    return {"own": 1024 * kilobytes["RssAnon"], "shared": 1024 * (kilobytes["RssFile"] + kilobytes["RssShmem"])}
 
 
 def show(results: Sequence[dict[str, Any]], weights: int) -> None:

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from readme_scaling import block_parallel, pipelining, scale
+from readme_scaling import block_parallel, loading, pipelining, scale
 
 
 HERE = Path(__file__).resolve().parent
@@ -76,6 +76,8 @@ def sections() -> dict[str, str]:
         result["pipelining"] = "\n".join(pipelining(*_with_place("pipelining-cpu"))) + "\n"
     if (HERE / "results" / "scale-cpu.json").is_file():
         result["scale"] = "\n".join(scale(*_with_place("scale-cpu"))) + "\n"
+    if (HERE / "results" / "loading-cpu.json").is_file():
+        result["loading"] = "\n".join(loading(*_with_place("loading-cpu"))) + "\n"
     if (HERE / "results" / "learning-cpu.json").is_file():
         result["learning"] = "\n".join(learning(load("learning-cpu"))) + "\n"
         result["learning_summary"] = "\n".join(learning_summary(load("learning-cpu"))) + "\n"

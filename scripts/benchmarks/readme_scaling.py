@@ -66,6 +66,24 @@ def pipelining(report: dict[str, Any], place: str) -> list[str]:
     return [*lines, "Schedules that are ahead of block-local are bold."]
 
 
+def loading(report: dict[str, Any], place: str) -> list[str]:
+    """What processes of one machine own of a model, from loading to a step."""
+    size, weights = report["size"], report["model_bytes"]
+    moments = ("loaded", "set up", "one step")
+    lines = [
+        "**Loading.** Main memory that a process alone owns, as a share of the weights of a Llama of",
+        f"{size['layers']} layers and {weights / 2**20:.0f} MiB; {place}.",
+        "",
+        f"| processes | block | {' | '.join(moments)} |",
+        f"|---|---|{'---|' * len(moments)}",
+    ]
+    for each in report["results"]:
+        for block, told in enumerate(each["by_block"]):
+            cells = " | ".join(f"{told[moment]['own'] / weights:.2f}" for moment in moments)
+            lines.append(f"| {each['processes']} | {block if each['processes'] > 1 else 'all'} | {cells} |")
+    return lines
+
+
 PIPELINES = ("1F1B", "interleaved", "ZB-H1")
 
 
