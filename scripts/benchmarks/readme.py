@@ -257,7 +257,7 @@ def share() -> list[str]:
     """What the heads add."""
     report = load("feedback_share-cpu")
     lines = [
-        f"**Heads.** Their share at K = {report['num_blocks']} (`{report['command']}`; counted, not timed). The",
+        f"**Heads of their own.** Their share at K = {report['num_blocks']} (`{report['command']}`; counted, not timed). The",
         "target is 5 % each.",
         "",
         "| model | parameters | operations of a step |",
