@@ -257,8 +257,8 @@ def share() -> list[str]:
     """What the heads add."""
     report = load("feedback_share-cpu")
     lines = [
-        f"**Heads of their own.** Their share at K = {report['num_blocks']} (`{report['command']}`; counted, not timed). The",
-        "target is 5 % each.",
+        f"**Heads of their own.** Their share at K = {report['num_blocks']} (`{report['command']}`; counted,",
+        "not timed). The target is 5 % each.",
         "",
         "| model | parameters | operations of a step |",
         "|---|---|---|",
