@@ -36,6 +36,10 @@ TASKS = {
         "AutoModelForTokenClassification",
         modeling_auto.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES,
     ),
+    "question-answering": (
+        "AutoModelForQuestionAnswering",
+        modeling_auto.MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES,
+    ),
     "image-classification": (
         "AutoModelForImageClassification",
         modeling_auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES,
@@ -145,6 +149,8 @@ def build_inputs(config: PretrainedConfig, task: str, shape: Shape) -> dict[str,
         inputs = {"pixel_values": torch.zeros(shape.batch, config.num_channels, height, width)}
     if task == "audio-classification":
         inputs = {"input_values": torch.zeros(shape.batch, shape.sequence)}
+    if task == "question-answering":
+        return inputs | dict.fromkeys(("start_positions", "end_positions"), torch.zeros_like(tokens_BS[:, 0]))
     return inputs | {"labels": tokens_BS.clone() if task in _PER_POSITION else torch.zeros_like(tokens_BS[:, 0])}
 
 

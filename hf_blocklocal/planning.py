@@ -30,8 +30,9 @@ from hf_blocklocal.losses import Contrast
 from hf_blocklocal.model_costs import HeadCosts, LayerCosts, ModelCosts, Weight
 from hf_blocklocal.partition import even_spans
 from hf_blocklocal.shortcut import Shortcut
+from hf_blocklocal.spans import spans_without_values
 from hf_blocklocal.step import LocalStep
-from hf_blocklocal.targets import Candidates, Targets, Task
+from hf_blocklocal.targets import Candidates, Targets, Task, labels_of
 from hf_blocklocal.trace import LossTraits, Trace, owners_of, trace_layers, trace_reach
 from hf_blocklocal.tying import freeze_shared_, with_tied_weights_settled_
 from hf_blocklocal.watch import Marks, Watch
@@ -59,7 +60,7 @@ class Setting:
 
     def precision(self) -> torch.autocast:
         """Return the context of a forward pass."""
-        device = self.inputs["labels"].device.type
+        device = labels_of(self.inputs).device.type
         return torch.autocast(device, dtype=self.autocast, enabled=self.autocast is not None)
 
 
@@ -170,7 +171,10 @@ def assumed_targets(model: nn.Module, task: Task, setting: Setting, *, negatives
         setting: The batch, and how many of its targets are distinct.
         negatives: Negatives of a contrast over a vocabulary; None is the whole vocabulary.
     """
-    inputs, labels = setting.inputs, setting.inputs["labels"]
+    inputs = setting.inputs
+    if task.target == "spans":
+        return spans_without_values(inputs)
+    labels = inputs["labels"]
     shape, device = labels.shape, labels.device
     if not task.per_position:
         samples_N = torch.arange(shape[0], device=device)

@@ -79,13 +79,29 @@ def read_spans(inputs: Mapping[str, Tensor]) -> SpanTargets:
     length = sequence_shape(inputs)[1]
     places_2B = torch.stack([inputs[name].reshape(-1) for name in ("start_positions", "end_positions")]).clamp(min=0)
     edges_N, samples_N = (places_2B < length).nonzero(as_tuple=True)
-    return SpanTargets(
-        SPANS,
-        places_2B[edges_N, samples_N],
-        samples_N=samples_N,
-        mask_BS=two_dimensional_mask(inputs),
-        edges_N=edges_N,
-    )
+    return _targets_at(edges_N, samples_N, places_2B[edges_N, samples_N], inputs)
+
+
+def spans_without_values(inputs: Mapping[str, Tensor]) -> SpanTargets:
+    """Return targets as `read_spans` does, for places without values: all of them are taken to count.
+
+    Args:
+        inputs: The model's inputs with `start_positions` and `end_positions`.
+    """
+    starts_B = inputs["start_positions"]
+    samples_B = torch.arange(len(starts_B), device=starts_B.device)
+    edges_N = torch.cat([torch.zeros_like(samples_B), torch.ones_like(samples_B)])
+    return _targets_at(edges_N, samples_B.repeat(2), torch.zeros_like(edges_N), inputs)
+
+
+def _targets_at(edges_N: Tensor, samples_N: Tensor, places_N: Tensor, inputs: Mapping[str, Tensor]) -> SpanTargets:
+    return SpanTargets(SPANS, places_N, samples_N=samples_N, mask_BS=two_dimensional_mask(inputs), edges_N=edges_N)
+
+
+def answer_logits(outputs: Any) -> Tensor:
+    """Return what a transformers model answers, its logits, or (B, S, 2) if it answers with spans."""
+    spans = span_logits(outputs)
+    return outputs.logits if spans is None else spans
 
 
 def span_logits(outputs: Any) -> Tensor | None:

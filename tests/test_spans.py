@@ -7,15 +7,20 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from test_planning import planned
+from test_planning import trained as really_trained
 from torch.utils.data import Dataset
 from transformers import AutoModelForQuestionAnswering, Trainer, TrainingArguments
 from zoo import BART, BERT, DISTILBERT, TEXT_LENGTHS, build_tiny, random_text, seeded
 
-from hf_blocklocal import BlockLocalConfig, BlockLocalTrainer, assemble
+from hf_blocklocal import BlockLocalConfig, BlockLocalTrainer, assemble, early_exit, truncate
+from hf_blocklocal.blueprint import Shape, build_inputs
+from hf_blocklocal.depth import Fit, measure_depths, open_trained
 from hf_blocklocal.errors import TargetError, UnsupportedSettingError
-from hf_blocklocal.spans import read_spans
+from hf_blocklocal.spans import answer_logits, read_spans
 
 
+EDGES = ("start_positions", "end_positions")
 MODELS = {"bert": BERT, "distilbert": DISTILBERT, "bart": BART}
 
 
@@ -171,3 +176,56 @@ def test_what_spans_cannot_be_taught_with_is_refused(tmp_path):
     )
     with pytest.raises(UnsupportedSettingError, match="no meaning for spans"):
         trainer.train()
+
+
+# ---- Smaller models, and plans ----
+
+
+@pytest.mark.parametrize("given", [True, False], ids=["a batch given", "a batch made up"])
+def test_the_smaller_model_answers_to_the_bit_as_the_head_does(given):
+    model, batch = answering("bert"), questions() if given else None
+    config = BlockLocalConfig(num_blocks=2, head_layers=1)
+    opened = open_trained(model, config=config, inputs=batch)
+    small = truncate(model, 1, config=config, inputs=batch)
+    assert small.config.num_hidden_layers == 3
+    with torch.no_grad():
+        answers_BS2 = answer_logits(small.eval()(**opened.inputs))
+    assert torch.equal(answers_BS2, opened.head_logits(0))
+
+
+def test_a_head_of_its_own_is_fitted_and_depths_are_measured():
+    model, batch = answering("bert"), questions()
+    assembly = assemble(model, BlockLocalConfig(num_blocks=2, head_layers=0), batch)
+    fit = Fit([batch], steps=40, learning_rate=1e-2)
+    rows = measure_depths(open_trained(assembly, inputs=batch), [batch], fit=fit)
+    assert [(row.layers, row.metric) for row in rows] == [(2, "accuracy"), (4, "accuracy")]
+    with torch.no_grad():
+        answers_BS2 = answer_logits(model.eval()(**batch))
+    right = [(answers_BS2[..., end].argmax(1) == batch[name]).float() for end, name in enumerate(EDGES)]
+    assert rows[-1].value == pytest.approx(torch.stack(right).mean().item())
+
+
+def test_places_behind_the_end_of_the_text_are_not_measured():
+    model, batch = answering("bert"), questions()
+    behind = {**batch, "end_positions": torch.full_like(batch["end_positions"], 999)}
+    with torch.no_grad():
+        starts_BS = model.eval()(**batch).start_logits
+    (row,) = measure_depths(open_trained(assemble(model, BlockLocalConfig(num_blocks=1), {})), [behind])
+    assert row.value == pytest.approx((starts_BS.argmax(1) == batch["start_positions"]).float().mean().item())
+
+
+@pytest.mark.parametrize("values", [{}, {"head_layers": 0}], ids=["borrowed", "own heads"])
+def test_a_plan_counts_the_operations_of_a_step(values):
+    model = answering("bert")
+    batch = {name: value for name, value in questions().items() if name != "attention_mask"}
+    block_local = BlockLocalConfig(boundaries=(1, 3), **values)
+    assembly, operations, _ = really_trained(model, block_local, batch)
+    costs = planned(model, block_local, batch)
+    assert [costs.operations(span) for span in assembly.cut.spans] == operations
+    inputs = build_inputs(model.config, "question-answering", Shape(2, 8))
+    assert inputs.keys() == {"input_ids", *EDGES}
+
+
+def test_early_exits_are_for_classes_and_say_so():
+    with pytest.raises(UnsupportedSettingError, match="one class for each sample, and .* predicts 'spans'"):
+        early_exit(answering("bert"), config=BlockLocalConfig(num_blocks=2, head_layers=1))

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_blocklocal.errors import NonFiniteLossError, TruncationError
+from hf_blocklocal.targets import has_labels
 
 
 def fit_(
@@ -74,7 +75,7 @@ def _endless(batches: Iterable[Mapping[str, Any]]) -> Iterator[Mapping[str, Any]
     while True:
         found = False
         for batch in batches:
-            if not isinstance(batch, Mapping) or not isinstance(batch.get("labels"), Tensor):
+            if not isinstance(batch, Mapping) or not has_labels(batch):
                 given = sorted(batch) if isinstance(batch, Mapping) else f"a {type(batch).__name__}"
                 raise TruncationError(
                     f"calibration must yield batches of tensors with 'labels', as a DataLoader does, not {given}."

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from hf_blocklocal.anatomy import is_encoder_decoder, vocabulary_size
 from hf_blocklocal.errors import UnsupportedSettingError
+from hf_blocklocal.spans import span_logits
 from hf_blocklocal.trace import evaluation_mode
 
 
@@ -35,7 +36,7 @@ def example_batch(model: nn.Module) -> dict[str, Tensor]:
     if is_encoder_decoder(model) and vocabulary_size(model) is not None:
         inputs["labels"] = _tokens(model, TOKENS - 2, generator)
     inputs = {name: value.to(model.device) for name, value in inputs.items()}
-    return inputs if "labels" in inputs else {**inputs, "labels": _labels(model, inputs)}
+    return inputs if "labels" in inputs else {**inputs, **_labels(model, inputs)}
 
 
 def _inputs(model: nn.Module, generator: torch.Generator) -> dict[str, Tensor]:
@@ -76,11 +77,17 @@ def _tokens(model: nn.Module, length: int, generator: torch.Generator) -> Tensor
 
 
 @torch.no_grad()
-def _labels(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
+def _labels(model: nn.Module, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
     """Make labels of the form that the model's logits ask for."""
     with evaluation_mode(model):
-        logits = model(**inputs).logits
-    problem = getattr(model.config, "problem_type", None)
+        outputs = model(**inputs)
+    if span_logits(outputs) is not None:
+        starts_B = torch.zeros(SAMPLES, dtype=torch.long, device=model.device)
+        return {"start_positions": starts_B, "end_positions": starts_B + TOKENS // 2}
+    return {"labels": _labels_like(outputs.logits, getattr(model.config, "problem_type", None))}
+
+
+def _labels_like(logits: Tensor, problem: str | None) -> Tensor:
     if logits.dim() == 3:
         return torch.ones(logits.shape[:2], dtype=torch.long, device=logits.device)
     if problem == "multi_label_classification":

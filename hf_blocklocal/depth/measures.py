@@ -23,7 +23,8 @@ from hf_blocklocal.depth.exits import EarlyExit
 from hf_blocklocal.depth.opening import Opened
 from hf_blocklocal.depth.truncation import Fit, layers_kept, save, shortened
 from hf_blocklocal.errors import TargetError, TruncationError
-from hf_blocklocal.targets import IGNORED
+from hf_blocklocal.spans import answer_logits, has_spans
+from hf_blocklocal.targets import IGNORED, has_labels, labels_of
 from hf_blocklocal.trace import evaluation_mode
 
 
@@ -74,10 +75,10 @@ def measure(
         TargetError: If there is no batch, or one without labels.
     """
     batches = [on_device(batch, model.device) for batch in batches]
-    if not batches or any("labels" not in batch for batch in batches):
+    if not batches or not all(has_labels(batch) for batch in batches):
         raise TargetError("There is nothing to measure with: give batches with labels.")
     score, exits = _Score(model), Counter() if isinstance(model, EarlyExit) else None
-    seconds, samples, operations = 0.0, sum(len(batch["labels"]) for batch in batches), None
+    seconds, samples, operations = 0.0, sum(len(labels_of(batch)) for batch in batches), None
     with evaluation_mode(model), torch.no_grad():
         model(**_without_labels(model, batches[0]))  # to warm up
         for batch in batches:
@@ -195,9 +196,10 @@ def table(rows: Sequence[Depth]) -> str:
 
 def _without_labels(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
     """Leave the labels out, unless a decoder's inputs are made from them."""
-    if is_encoder_decoder(model) and batch["labels"].dim() == 2:
+    if is_encoder_decoder(model) and not has_spans(batch) and batch["labels"].dim() == 2:
         return dict(batch)
-    return {name: value for name, value in batch.items() if name != "labels"}
+    labels = ("labels", "start_positions", "end_positions")
+    return {name: value for name, value in batch.items() if name not in labels}
 
 
 def _timed(model: nn.Module, inputs: Mapping[str, Any]) -> tuple[Any, float]:
@@ -215,7 +217,7 @@ def _mean_layers(model: EarlyExit, exits: Mapping[int, int]) -> float:
 
 
 class _Score:
-    """Adds up hits where a sample or a position has one class, and the model's own loss elsewhere."""
+    """Adds up hits where a sample, a position or an end of a span has one class, elsewhere the model's own loss."""
 
     def __init__(self, model: nn.Module) -> None:
         self._is_language_model = vocabulary_size(model) is not None
@@ -224,7 +226,10 @@ class _Score:
 
     def add(self, model: nn.Module, batch: Mapping[str, Any], output: Any) -> None:
         """Add one batch, and what the model has returned for it without its labels."""
-        labels, logits = batch["labels"], output.logits
+        labels, logits = labels_of(batch), answer_logits(output)
+        if has_spans(batch):  # starts and ends count each by itself, unless they are behind the end of the text
+            logits = logits.transpose(1, 2)
+            labels = labels.masked_fill(labels >= logits.shape[-1], IGNORED)
         counted = torch.ones_like(labels, dtype=torch.bool) if labels.is_floating_point() else labels != IGNORED
         if self._is_language_model or labels.is_floating_point() or labels.shape != logits.shape[:-1]:
             self._metric = "perplexity" if self._is_language_model else "loss"

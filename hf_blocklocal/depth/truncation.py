@@ -28,6 +28,7 @@ from hf_blocklocal.depth.shrinking import Kept, kept_of, with_layers
 from hf_blocklocal.errors import TruncationError
 from hf_blocklocal.feedback import FeedbackHead
 from hf_blocklocal.shortcut import borrowed_layers
+from hf_blocklocal.spans import SpanTargets, answer_logits
 from hf_blocklocal.trace import evaluation_mode
 
 
@@ -205,8 +206,11 @@ def _distance(small: PreTrainedModel, opened: Opened, block: int) -> float:
     logits = _logits(small, opened.inputs)
     if logits.shape != expected.shape:  # the rows that a head of a block's own answers
         targets = opened.assembly.read_targets(opened.inputs)
-        rows_N = targets.samples_N if targets.positions_N is None else targets.positions_N
-        logits = (logits if targets.positions_N is None else logits.flatten(0, 1))[rows_N]
+        if isinstance(targets, SpanTargets):
+            logits = targets.answers(logits, None)
+        else:
+            rows_N = targets.samples_N if targets.positions_N is None else targets.positions_N
+            logits = (logits if targets.positions_N is None else logits.flatten(0, 1))[rows_N]
     return _share(logits, expected)
 
 
@@ -220,7 +224,7 @@ def _share(logits: Tensor, expected: Tensor) -> float:
 @torch.no_grad()
 def _logits(model: PreTrainedModel, inputs: Mapping[str, Any]) -> Tensor:
     with evaluation_mode(model):
-        return model(**on_device(inputs, model.device)).logits
+        return answer_logits(model(**on_device(inputs, model.device)))
 
 
 def save(model: PreTrainedModel, output: str | os.PathLike[str], *, companions_of: Path | None = None) -> None:
