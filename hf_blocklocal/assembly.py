@@ -20,7 +20,14 @@ from hf_blocklocal.anatomy import (
     target_embedding,
 )
 from hf_blocklocal.blocks import Boundaries, Cut
-from hf_blocklocal.building import build_copies, build_denoising, build_heads, build_shortcut, lent_to_heads
+from hf_blocklocal.building import (
+    build_chunked,
+    build_copies,
+    build_denoising,
+    build_heads,
+    build_shortcut,
+    lent_to_heads,
+)
 from hf_blocklocal.config import BlockLocalConfig
 from hf_blocklocal.copies import Copies
 from hf_blocklocal.costs import head_costs, warn_of_heavy_heads
@@ -263,6 +270,7 @@ def assemble(
             overlap=config.overlap,
             inlets=inlets,
             denoising=denoising,
+            chunked=build_chunked(model, config, inputs),
         ),
         counts_items=trace.counts_items,
         forms=trace.forms,

@@ -9,6 +9,7 @@ from torch import nn
 
 from hf_blocklocal.anatomy import is_encoder_decoder, target_embedding
 from hf_blocklocal.blocks import Boundaries, Cut
+from hf_blocklocal.chunked import ChunkedLoss
 from hf_blocklocal.config import BlockLocalConfig
 from hf_blocklocal.copies import Copies
 from hf_blocklocal.denoising import Denoising
@@ -142,6 +143,19 @@ def build_copies(
     if shortcut is not None:
         shortcut.copies = copies
     return copies
+
+
+def build_chunked(model: nn.Module, config: BlockLocalConfig, inputs: Mapping[str, Any]) -> ChunkedLoss | None:
+    """Return what computes the model's own loss in chunks, if the config asks for it.
+
+    Raises:
+        UnsupportedSettingError: If the loss of the model cannot be computed so.
+    """
+    if config.chunked_loss is None:
+        return None
+    chunked = ChunkedLoss(model, config.chunked_loss)
+    chunked.check(inputs)
+    return chunked
 
 
 def build_denoising(

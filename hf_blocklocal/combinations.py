@@ -27,6 +27,11 @@ def check_combinations(config: Any) -> None:
 
 
 def _check_head(config: Any) -> None:
+    if config.chunked_loss is not None and config.num_blocks == 1:
+        raise ConfigError(
+            f"chunked_loss={config.chunked_loss} is for the last of several blocks, and num_blocks=1 is the plain "
+            "Trainer. Use more blocks, or a fused loss of the model, such as use_liger_kernel=True."
+        )
     if config.feedback == "chained" and config.latent_dim < 2:
         raise ConfigError(
             f"latent_dim={config.latent_dim} and feedback='chained' exclude each other: a message of one unit is "

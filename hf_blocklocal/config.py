@@ -145,6 +145,11 @@ class BlockLocalConfig:
     negatives: int | None = _help(
         1024, "Negatives that a contrast over a vocabulary draws, shared by all blocks. None is the whole vocabulary."
     )
+    chunked_loss: int | None = _help(
+        None,
+        "Tokens whose logits the last block makes at a time for its loss over a vocabulary, and makes again in the "
+        "backward pass; global steps excepted. Default: those of all tokens at once, as the model does.",
+    )
     step_per_block: bool = _help(
         False, "Step each block right after its backward pass and free its gradients. The weights come out the same."
     )

@@ -23,6 +23,7 @@ from hf_blocklocal.anatomy import (
 )
 from hf_blocklocal.blocks import Boundaries, Cut
 from hf_blocklocal.building import build_heads, build_shortcut, lent_to_heads
+from hf_blocklocal.chunked import ChunkedLoss
 from hf_blocklocal.config import BlockLocalConfig
 from hf_blocklocal.defaults import settled
 from hf_blocklocal.errors import UnsupportedSettingError
@@ -135,7 +136,10 @@ def _cut_everywhere(model: nn.Module, config: BlockLocalConfig, trace: Trace, se
         freeze_shared_(model, reach)
     owners = owners_of((name for name, _ in model.named_parameters()), cut, reach)
     step = LocalStep(
-        boundaries, nn.ModuleList(build_heads(model, config, trace, cut, label_smoothing=0.0)), router_loss=router_loss
+        boundaries,
+        nn.ModuleList(build_heads(model, config, trace, cut, label_smoothing=0.0)),
+        router_loss=router_loss,
+        chunked=None if config.chunked_loss is None else ChunkedLoss(model, config.chunked_loss),
     )
     in_first = None
     if config.borrows:

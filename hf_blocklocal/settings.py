@@ -226,6 +226,12 @@ def check_loss_settings(task: Task, config: BlockLocalConfig, *, label_smoothing
             f"satisfied_at={config.satisfied_at} masks targets one by one, and compute_loss_func gives one loss "
             "for all of them. Leave one of the two out."
         )
+    if config.chunked_loss is not None and (label_smoothing or custom_loss):
+        other = "label_smoothing_factor" if label_smoothing else "compute_loss_func"
+        raise UnsupportedSettingError(
+            f"chunked_loss={config.chunked_loss} and {other} exclude each other: the one never has all logits, which "
+            "the other is given. Leave one of the two out."
+        )
     if label_smoothing and task.target in ("regression", "multi_label", "spans"):
         raise UnsupportedSettingError(
             f"label_smoothing_factor={label_smoothing} has no meaning for {task.target} targets. Set it to 0."

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from hf_blocklocal.anatomy import RouterLoss, outputs_not_recorded
 from hf_blocklocal.blocks import Boundaries
+from hf_blocklocal.chunked import ChunkedLoss
 from hf_blocklocal.denoising import Denoising
 from hf_blocklocal.errors import InputsNeededError, NonFiniteLossError
 from hf_blocklocal.feedback import FeedbackHead
@@ -100,6 +101,7 @@ class LocalStep:
         inlets: Notes of what enters the blocks, for losses that look back at it.
         denoising: A term of every block that is sent back by itself, so that the two runs of a block are not kept at
             the same time.
+        chunked: Computes the model's own loss, if it is to be computed in chunks.
     """
 
     def __init__(
@@ -112,6 +114,7 @@ class LocalStep:
         overlap: int = 0,
         inlets: Inlets | None = None,
         denoising: Denoising | None = None,
+        chunked: ChunkedLoss | None = None,
     ) -> None:
         self.boundaries = boundaries
         self.heads = heads
@@ -120,6 +123,7 @@ class LocalStep:
         self.overlap = overlap
         self.inlets = inlets
         self.denoising = denoising
+        self.chunked = chunked
 
     @contextmanager
     def teach(
@@ -197,9 +201,16 @@ class LocalStep:
             return handed_on
 
         cut = self.boundaries.attached(leave, late=bootstrap > 0)
-        with self.watched(), cut, self._own_streams(lesson):  # a stream begins when the block before has learned
+        # A stream begins when the block before has learned.
+        with self.watched(), cut, self._own_streams(lesson), self._own_loss():
             yield report
             send_back(last)
+
+    def _own_loss(self) -> AbstractContextManager[None]:
+        """Let the model compute its own loss in chunks, but not where heads borrow the model."""
+        if self.chunked is None:
+            return nullcontext()
+        return self.chunked.in_place(paused=lambda: self.boundaries.is_suspended)
 
     def _own_streams(self, lesson: _Lesson) -> AbstractContextManager[None]:
         """Let every block draw from a random stream of its own; a single block draws from the global one."""

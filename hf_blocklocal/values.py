@@ -32,13 +32,15 @@ def _check_choices(config: Any) -> None:
 
 
 def _check_numbers(config: Any) -> None:
-    positive = dict.fromkeys(("num_blocks", "latent_dim", "negatives", "global_every", "block_parallel_size"), 1)
+    positive = dict.fromkeys(
+        ("num_blocks", "latent_dim", "negatives", "global_every", "block_parallel_size", "chunked_loss"), 1
+    )
     others = dict.fromkeys(
         ("head_layers", "head_refresh_steps", "head_refresh_lag", "overlap", "head_warmup_steps"), 0
     )
     for name, least in {**positive, **others}.items():
         value = getattr(config, name)
-        if value is None and name in ("negatives", "global_every", "head_layers"):
+        if value is None and name in ("negatives", "global_every", "head_layers", "chunked_loss"):
             continue
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
             raise ConfigError(f"{name} must be a whole number of at least {least}, got {value!r}.")

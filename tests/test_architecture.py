@@ -39,6 +39,7 @@ FLOORS = [
     ["feedback", "placement"],
     ["blocks", "card", "meters", "plots", "probe", "randomness", "settings"],
     ["checkpoint", "depth_plots", "inlets", "trace", "watch"],
+    ["chunked"],
     ["blueprint", "hub", "replay", "shortcut"],
     ["denoising"],
     ["step"],

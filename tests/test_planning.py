@@ -21,6 +21,7 @@ CASES = [
     *[(name, {}) for name in ("bert", "bert_mlm", "gpt2", "llama", "vit")],
     *[(name, {"head_layers": 0}) for name in ("bert", "gpt2", "llama")],
     ("llama", {"head_layers": 1, "head_lens": True}),
+    ("llama", {"head_layers": 0, "chunked_loss": 16}),
 ]
 NEGATIVES = 16
 

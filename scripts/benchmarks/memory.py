@@ -43,6 +43,8 @@ from common import (
 SIZES = {"cpu": Size(width=512, batch=4), "cuda": Size(width=1024, batch=16, sequence=512)}
 LARGE_VOCABULARY = 32_000
 TARGET_MARGIN = 0.10
+# Tokens whose logits are made at a time.
+CHUNK = 64
 PLAIN, CHECKPOINTED = "backpropagation", "gradient checkpointing"
 OWN_HEADS = "heads of their own"
 MEASURES = ("saved", "alive", "with_gradients", "allocated")
@@ -61,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     rows = []
     for name, (kind, model_size) in models.items():
         measured = {}
-        for method, settings in methods(options.blocks).items():
+        for method, settings in methods(options.blocks, kind).items():
             measured[method] = measure(kind, model_size, device, **settings)
             rows.append(row(name, method, settings, measured[method], measured[PLAIN]))
     columns = [measure for measure in MEASURES if device == "cuda" or measure != "allocated"]
@@ -69,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(f"\nWritten to {write_report('memory', device, options, {'sizes': models, 'rows': rows})}")
 
 
-def methods(blocks: Sequence[int]) -> dict[str, dict[str, Any]]:
+def methods(blocks: Sequence[int], kind: str) -> dict[str, dict[str, Any]]:
     """Return the settings of every method, by name; backpropagation first."""
     some = blocks[-2 if len(blocks) > 1 else -1]
     local = {
@@ -77,6 +79,8 @@ def methods(blocks: Sequence[int]) -> dict[str, dict[str, Any]]:
         f"K={some}, balance=cost": {"num_blocks": some, "balance": "cost"},
         f"K={some}, step_per_block": {"num_blocks": some, "step_per_block": True},
     }
+    if kind == "decoder":
+        local[f"K={some}, chunked_loss={CHUNK}"] = {"num_blocks": some, "chunked_loss": CHUNK}
     local |= {
         f"{name}, {OWN_HEADS}": {**fields, "head_layers": 0}
         for name, fields in local.items()

@@ -1,0 +1,147 @@
+"""A language model's own loss without all of its logits at once.
+
+Over a vocabulary, the logits of the last block take memory that no cut divides. Here they are made for some tokens at
+a time, and made again for the backward pass: the loss is the same sum in another order, for one more product with the
+language-model head.
+"""
+
+# Shapes: B batch, S sequence, D hidden width, V vocabulary, N tokens of the batch.
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from hf_blocklocal.anatomy import output_embedding
+from hf_blocklocal.errors import UnsupportedSettingError
+from hf_blocklocal.lending import replaced_forward
+from hf_blocklocal.trace import evaluation_mode
+
+
+# By the type of loss that a model names: whether position i predicts label i + 1.
+_SHIFTS = {"ForCausalLM": True, "ForMaskedLM": False}
+_SAME = 1e-4
+
+
+class ChunkedLoss:
+    """Computes the loss of a language model chunk by chunk.
+
+    Args:
+        model: A transformers model whose loss is `loss_function` of what its language-model head returns.
+        tokens: Tokens of a chunk.
+
+    Raises:
+        UnsupportedSettingError: If the model has no such head, or another loss.
+    """
+
+    def __init__(self, model: nn.Module, tokens: int) -> None:
+        self._model = model.get_base_model() if hasattr(model, "get_base_model") else model
+        self._head, self._tokens = output_embedding(model), tokens
+        self._kind = getattr(self._model, "loss_type", None) or "ForCausalLM"  # what transformers falls back to
+        if self._head is None or self._kind not in _SHIFTS:
+            raise UnsupportedSettingError(
+                f"chunked_loss={tokens} is for losses over a vocabulary, and that of {type(self._model).__name__} is "
+                f"{self._kind!r}. Known are {sorted(_SHIFTS)}. Leave it out."
+            )
+        self._calls = 0
+
+    @contextmanager
+    def in_place(self, paused: Callable[[], bool] = lambda: False) -> Iterator[None]:
+        """Let the model compute its loss in chunks, in the forward passes inside the `with`; they return no logits.
+
+        Args:
+            paused: Whether the model runs for another purpose now, and is to be as it is.
+        """
+        head, model = self._head, self._model
+        own_head, own_loss = head.forward, model.loss_function
+        was_set = "_loss_function" in vars(model)
+
+        def pass_on(hidden: Tensor) -> Tensor:
+            return own_head(hidden) if paused() else hidden
+
+        def loss_of(logits: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            if paused():
+                return own_loss(logits, *args, **kwargs)
+            return self._in_chunks(own_head, own_loss, logits, *args, **kwargs)
+
+        def without_logits(_model: nn.Module, _inputs: Any, output: Any) -> Any:
+            if paused() or not isinstance(output, Mapping) or "logits" not in output:
+                return None
+            return type(output)(**{name: value for name, value in output.items() if name != "logits"})
+
+        handle = model.register_forward_hook(without_logits)
+        model.loss_function = loss_of
+        try:
+            with replaced_forward(head, pass_on):
+                yield
+        finally:
+            handle.remove()
+            if was_set:
+                model.loss_function = own_loss
+            else:
+                del model._loss_function
+
+    def _in_chunks(
+        self,
+        head: Callable[[Tensor], Tensor],
+        own_loss: Callable[..., Tensor],
+        hidden_BSD: Tensor,
+        labels: Tensor,
+        vocab_size: int,
+        num_items_in_batch: Tensor | int | None = None,
+        ignore_index: int = -100,
+        shift_labels: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        """Return what `own_loss` would make of all logits."""
+        self._calls += 1
+        shifts = _SHIFTS[self._kind]
+        if shifts and shift_labels is None:
+            shift_labels = F.pad(labels, (0, 1), value=ignore_index)[..., 1:]
+        labels_N = (shift_labels if shifts else labels).flatten().to(hidden_BSD.device)
+        hidden_ND = hidden_BSD.flatten(0, -2)
+        count = (labels_N != ignore_index).sum() if num_items_in_batch is None else num_items_in_batch
+        named = "shift_labels" if shifts else "labels"
+
+        def loss_of(hidden: Tensor, labels: Tensor) -> Tensor:
+            # With a count, the loss is the sum over the tokens divided by it: chunks add up.
+            given = {"labels": None, named: labels, "num_items_in_batch": count, "ignore_index": ignore_index}
+            return own_loss(head(hidden), vocab_size=vocab_size, **given, **kwargs)
+
+        chunks = zip(hidden_ND.split(self._tokens), labels_N.split(self._tokens), strict=True)
+        options = {"use_reentrant": False, "preserve_rng_state": False}
+        return torch.stack([checkpoint(loss_of, *chunk, **options) for chunk in chunks]).sum()
+
+    def check(self, inputs: Mapping[str, Any]) -> None:
+        """Run the model both ways.
+
+        Args:
+            inputs: A small batch with labels.
+
+        Raises:
+            UnsupportedSettingError: If the loss is not the same.
+        """
+        with torch.no_grad(), evaluation_mode(self._model):
+            own = self._model(**inputs).loss
+            self._calls = 0
+            try:
+                with self.in_place():
+                    chunked = self._model(**inputs).loss
+            except (RuntimeError, TypeError, AttributeError, ValueError) as error:
+                raise UnsupportedSettingError(self._refusal("cannot be computed so")) from error
+        if self._calls != 1:
+            raise UnsupportedSettingError(self._refusal("is computed in the model itself, not by its loss_function"))
+        if not torch.allclose(chunked.float(), own.float(), rtol=_SAME if own.dtype == torch.float32 else 1e-2):
+            raise UnsupportedSettingError(
+                self._refusal(f"would be {chunked:.6g} in place of {own:.6g}: logits are changed behind the head")
+            )
+
+    def _refusal(self, reason: str) -> str:
+        name = type(self._model).__name__
+        return f"chunked_loss={self._tokens} does not work for {name}: its loss {reason}. Leave it out."

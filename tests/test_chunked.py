@@ -1,0 +1,150 @@
+"""A language model's loss in chunks is the same loss, for less memory; where it could not be, that is said."""
+
+# Shapes: B batch, S sequence.
+
+from __future__ import annotations
+
+import pytest
+import torch
+from test_trainer import make
+from transformers import AutoModelForCausalLM
+from zoo import LLAMA, SPECIMENS, build_tiny
+
+from hf_blocklocal import BlockLocalConfig, assemble
+from hf_blocklocal.errors import ConfigError, UnsupportedSettingError
+from hf_blocklocal.memory import ActivationMeter
+
+
+LANGUAGE_MODELS = ("gpt2", "llama", "mixtral")
+
+
+def stepped(model, batch, items=None, **values):
+    """Run one step. Returns the losses of the blocks, and the gradients."""
+    assembly = assemble(model, BlockLocalConfig(**values), batch)
+    model.zero_grad()
+    targets = assembly.read_targets(batch)
+    lesson = assembly.step.teach(
+        targets, scale=1 / len(targets), backward=torch.Tensor.backward, learned=lambda *_: None, inputs=batch
+    )
+    with lesson as report:
+        output = model(**batch, **({} if items is None else {"num_items_in_batch": items}))
+        output.loss.backward()
+    gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    return [*report.losses, output.loss.detach()], gradients, output
+
+
+@pytest.mark.parametrize("values", [{}, {"head_layers": 0}, {"negatives": None}], ids=["default", "own", "whole"])
+@pytest.mark.parametrize("tokens", [1, 5, 1000])
+@pytest.mark.parametrize("name", LANGUAGE_MODELS)
+def test_losses_and_gradients_are_the_same(name, tokens, values, borrow):
+    batch, results = SPECIMENS[name].batch(0), []
+    for chunked in ({}, {"chunked_loss": tokens}):
+        results.append(stepped(borrow(name), batch, num_blocks=2, **values, **chunked))
+    (losses, gradients, _), (chunked_losses, chunked_gradients, _) = results
+    torch.testing.assert_close(chunked_losses, losses, rtol=1e-5, atol=1e-6)
+    assert gradients.keys() == chunked_gradients.keys()
+    for key, gradient in gradients.items():
+        torch.testing.assert_close(chunked_gradients[key], gradient, rtol=1e-3, atol=1e-6, msg=key)
+
+
+@pytest.mark.parametrize("items", [7, torch.tensor(7)], ids=["a number", "a tensor"])
+def test_a_count_of_items_divides_the_sum(items, borrow):
+    batch = SPECIMENS["llama"].batch(0)
+    plain, _, _ = stepped(borrow("llama"), batch, items, num_blocks=2)
+    chunked, _, _ = stepped(borrow("llama"), batch, items, num_blocks=2, chunked_loss=4)
+    torch.testing.assert_close(chunked, plain, rtol=1e-5, atol=1e-6)
+
+
+def test_logits_of_all_tokens_are_neither_kept_nor_returned(borrow):
+    model = build_tiny("llama", AutoModelForCausalLM, LLAMA | {"vocab_size": 1000})
+    batch = SPECIMENS["llama"].batch(0)
+    logits_bytes = batch["input_ids"].numel() * 1000 * 4
+    peaks = []
+    for chunked in (None, 4):
+        assembly = assemble(model, BlockLocalConfig(num_blocks=2, chunked_loss=chunked, negatives=8), batch)
+        targets = assembly.read_targets(batch)
+        lesson = assembly.step.teach(
+            targets, scale=1.0, backward=torch.Tensor.backward, learned=lambda *_: None, inputs=batch
+        )
+        with ActivationMeter(model) as meter, lesson:
+            output = model(**batch)
+            output.loss.backward()
+        peaks.append(meter.peak_bytes)
+        assert ("logits" in output) == (chunked is None)
+    assert peaks[1] < peaks[0] - 0.7 * logits_bytes
+
+
+def test_the_model_is_given_back_as_it_was(borrow):
+    model, batch = borrow("gpt2"), SPECIMENS["gpt2"].batch(0)
+    before, loss = set(vars(model)), model(**batch).loss
+    stepped(model, batch, num_blocks=2, chunked_loss=4)
+    assert set(vars(model)) == before
+    assert "forward" not in vars(model.lm_head)
+    after = model(**batch)
+    assert torch.equal(after.loss, loss)
+    assert after.logits.shape[-1] == model.config.vocab_size
+
+
+def test_a_loss_of_the_users_own_is_given_back_too(borrow):
+    model, batch = borrow("gpt2"), SPECIMENS["gpt2"].batch(0)
+    own = model.loss_function
+
+    def halved(*args, **kwargs):
+        return own(*args, **kwargs) / 2
+
+    model.loss_function = halved
+    plain, _, _ = stepped(model, batch, num_blocks=2)
+    chunked, _, _ = stepped(model, batch, num_blocks=2, chunked_loss=4)
+    torch.testing.assert_close(chunked, plain, rtol=1e-5, atol=1e-6)
+    assert model.loss_function is halved
+
+
+@pytest.mark.parametrize("args", [{}, {"gradient_accumulation_steps": 2}, {"bf16": True}], ids=str)
+def test_a_run_learns_the_same(args, tmp_path):
+    histories = []
+    for chunked in (None, 6):
+        config = BlockLocalConfig(num_blocks=2, chunked_loss=chunked)
+        trainer = make("llama", tmp_path / str(chunked), config=config, max_steps=3, logging_steps=1, **args)
+        trainer.train()
+        histories.append([row["loss"] for row in trainer.state.log_history if "loss" in row])
+        assert trainer.evaluate(trainer.train_dataset)["eval_block_0_loss"] > 0
+    assert len(histories[0]) == 3
+    assert histories[1] == pytest.approx(histories[0], rel=2e-2 if "bf16" in args else 1e-4)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("bert", "losses over a vocabulary, and that of BertForSequenceClassification is 'ForSequenceClassif"),
+        ("bert_mlm", "BertForMaskedLM"),
+        ("t5", "T5ForConditionalGeneration"),
+    ],
+)
+def test_a_model_with_another_loss_is_refused(name, message, borrow):
+    with pytest.raises(UnsupportedSettingError, match=message):
+        assemble(borrow(name), BlockLocalConfig(num_blocks=2, chunked_loss=4), SPECIMENS[name].batch(0))
+
+
+def test_a_model_that_changes_its_logits_is_refused():
+    options = {key: value for key, value in LLAMA.items() if key != "rope_theta"}
+    model = build_tiny("gemma2", AutoModelForCausalLM, options | {"head_dim": 4, "final_logit_softcapping": 0.5})
+    with pytest.raises(UnsupportedSettingError, match=r"in place of .*: logits are changed behind the head"):
+        assemble(model, BlockLocalConfig(num_blocks=2, chunked_loss=4), SPECIMENS["llama"].batch(0))
+    assert "_loss_function" not in vars(model)
+
+
+@pytest.mark.parametrize("tokens", [0, True, 2.5])
+def test_a_chunk_has_tokens(tokens):
+    with pytest.raises(ConfigError, match="chunked_loss must be a whole number of at least 1"):
+        BlockLocalConfig(chunked_loss=tokens)
+
+
+def test_a_single_block_is_the_plain_trainer():
+    with pytest.raises(ConfigError, match="num_blocks=1 is the plain Trainer"):
+        BlockLocalConfig(num_blocks=1, chunked_loss=64)
+
+
+def test_what_needs_all_logits_is_refused(tmp_path):
+    trainer = make("llama", tmp_path, config=BlockLocalConfig(chunked_loss=4), label_smoothing_factor=0.1)
+    with pytest.raises(UnsupportedSettingError, match="chunked_loss=4 and label_smoothing_factor exclude"):
+        trainer.train()
