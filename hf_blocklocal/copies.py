@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from hf_blocklocal.errors import CopiesMismatchError
 from hf_blocklocal.fitting import first_misfit
+from hf_blocklocal.lending import statistics_of
 
 
 COPIES_NAME = "block_local_copies.safetensors"
@@ -39,7 +40,13 @@ class Exchange(Protocol):
 class Copies:
     """What the heads of all blocks borrow, each weight copied once.
 
-    Buffers stay the model's own, and so do weights that are frozen when the copies are made.
+    Running statistics beside those weights, such as those of batch norms, are copied with them. Other buffers stay the
+    model's own, and so do weights that are frozen when the copies are made.
+
+    Attributes:
+        live: What is copied, by name, as it is in the model.
+        lent: For each block but the last, the names of what its head borrows of that.
+        beside: For each of the running statistics, the name of a parameter of its module.
 
     Args:
         model: The model.
@@ -54,16 +61,27 @@ class Copies:
     ) -> None:
         self.every, self.lag, self.decay = every, lag, decay
         names = set().union(*lent)
-        self._live = {name: p for name, p in model.named_parameters() if name in names and p.requires_grad}
-        self._copies = {name: nn.Parameter(p.detach().clone(), requires_grad=False) for name, p in self._live.items()}
-        name_of = {parameter: name for name, parameter in self._live.items()}
+        self.live: dict[str, Tensor] = {
+            name: p for name, p in model.named_parameters() if name in names and p.requires_grad
+        }
+        name_of = {parameter: name for name, parameter in self.live.items()}
         places = [
-            (module, leaf, name_of[parameter])
+            (module._parameters, leaf, name_of[parameter])
             for module in model.modules()
             for leaf, parameter in module._parameters.items()
             if parameter in name_of
         ]
-        self._places = [[place for place in places if place[2] in mine] for mine in lent]
+        self.beside: dict[str, str] = {}
+        for path, module in model.named_modules():
+            lent_here = [f"{path}.{leaf}" for leaf in module._parameters if f"{path}.{leaf}" in names]
+            for leaf, tensor in statistics_of(module).items() if lent_here else ():
+                if tensor.is_floating_point():
+                    name = f"{path}.{leaf}"
+                    self.live[name], self.beside[name] = tensor, lent_here[0]
+                    places.append((module._buffers, leaf, name))
+        self._copies = {name: _copy_of(tensor) for name, tensor in self.live.items()}
+        self.lent = [{name for name in self.live if self.beside.get(name, name) in mine} for mine in lent]
+        self._places = [[place for place in places if place[2] in mine] for mine in self.lent]
         self._waiting: dict[int, dict[str, Tensor] | None] = {}
         self._exchange: Exchange | None = None
         self._step = -1
@@ -75,7 +93,7 @@ class Copies:
             block: The block.
             exchange: The way to the processes that own the weights, and to those that borrow from this one.
         """
-        mine = {name for _, _, name in self._places[block]} if block < len(self._places) else set()
+        mine = self.lent[block] if block < len(self.lent) else set()
         self._copies = {name: copy for name, copy in self._copies.items() if name in mine}
         self._exchange = exchange
 
@@ -86,7 +104,7 @@ class Copies:
 
     def __getitem__(self, parameter: nn.Parameter) -> Tensor:
         """Return the copy of a weight, or the weight itself where there is none."""
-        return next((copy for name, copy in self._copies.items() if self._live[name] is parameter), parameter)
+        return next((copy for name, copy in self._copies.items() if self.live[name] is parameter), parameter)
 
     @torch.no_grad()
     def advance_(self, step: int) -> None:
@@ -114,9 +132,7 @@ class Copies:
             self._exchange.give(used_at)
             self._waiting[used_at] = None
         else:
-            self._waiting[used_at] = {
-                name: p.detach() if now else p.detach().clone() for name, p in self._live.items()
-            }
+            self._waiting[used_at] = {name: p.detach() if now else p.detach().clone() for name, p in self.live.items()}
 
     def _arrive(self, step: int, *, decay: float) -> None:
         """Take weights into use that set out for a step, if any did."""
@@ -142,13 +158,13 @@ class Copies:
     @contextmanager
     def in_use(self, block: int) -> Iterator[None]:
         """Put the copies that a block's head borrows in the place of the model's own weights."""
-        for module, leaf, name in self._places[block]:
-            module._parameters[leaf] = self._copies[name]
+        for table, leaf, name in self._places[block]:
+            table[leaf] = self._copies[name]
         try:
             yield
         finally:
-            for module, leaf, name in self._places[block]:
-                module._parameters[leaf] = self._live[name]
+            for table, leaf, name in self._places[block]:
+                table[leaf] = self.live[name]
 
     def state(self) -> dict[str, Tensor]:
         """Return the copies, and those that wait to be used, by names that say which they are."""
@@ -208,3 +224,8 @@ class Copies:
                 waiting = self._waiting.setdefault(int(used_at), {})
                 if name in self._copies:
                     waiting[name] = tensor.to(self._copies[name].device)
+
+
+def _copy_of(tensor: Tensor) -> Tensor:
+    copy = tensor.detach().clone()
+    return nn.Parameter(copy, requires_grad=False) if isinstance(tensor, nn.Parameter) else copy

@@ -1,4 +1,4 @@
-"""Borrow from a running model: its forward, that of a layer, the gradients of parameters. All is given back."""
+"""Borrow from a running model: its forward, that of a layer, gradients, running statistics. All is given back."""
 
 from __future__ import annotations
 
@@ -7,7 +7,11 @@ from contextlib import contextmanager
 from types import MethodType
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
+
+
+# What layers that normalise over a batch keep of earlier ones.
+_STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 
 
 def run_inside(model: nn.Module, inputs: Mapping[str, Any]) -> Any:
@@ -42,3 +46,26 @@ def read_only(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
     finally:
         for parameter in trainable:
             parameter.requires_grad_(True)
+
+
+def statistics_of(module: nn.Module) -> dict[str, Tensor]:
+    """Return the running statistics that a module keeps itself, such as those of a batch norm."""
+    return {name: tensor for name in _STATISTICS if (tensor := module._buffers.get(name)) is not None}
+
+
+@contextmanager
+def statistics_kept(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Let modules in training mode update copies of their running statistics inside the `with`, and drop those."""
+    own = [
+        (module, name, tensor)
+        for module in modules
+        if module.training
+        for name, tensor in statistics_of(module).items()
+    ]
+    for module, name, tensor in own:
+        module._buffers[name] = tensor.clone()
+    try:
+        yield
+    finally:
+        for module, name, tensor in own:
+            module._buffers[name] = tensor

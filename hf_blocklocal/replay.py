@@ -9,7 +9,7 @@ streams are left where they were.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from torch import Tensor, nn
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from hf_blocklocal.anatomy import hooks_outside_checkpoint
 from hf_blocklocal.blocks import Boundaries
 from hf_blocklocal.inlets import Inlets
-from hf_blocklocal.lending import read_only, replaced_forward, run_inside
+from hf_blocklocal.lending import read_only, replaced_forward, run_inside, statistics_kept, statistics_of
 from hf_blocklocal.probe import random_state_kept
 from hf_blocklocal.signals import beside_hidden, first_tensor, given_hidden, map_tensors, with_hidden
 
@@ -59,6 +59,11 @@ class Replay:
         self._beside: dict[int, tuple[Any, ...]] = {}
         self._foreign = [
             [parameter for name, parameter in model.named_parameters() if name not in mine] for mine in reached
+        ]
+        normalising = [(name, module) for name, module in model.named_modules() if statistics_of(module)]
+        self._normalising_elsewhere = [
+            [module for name, module in normalising if boundaries.cut.block_of_path(name) != block]
+            for block in range(len(reached))
         ]
 
     @contextmanager
@@ -106,9 +111,11 @@ class Replay:
                 return ended.output
         raise AssertionError("the forward pass did not come by the end of the block again")
 
-    def read_only(self, block: int) -> AbstractContextManager[None]:
-        """Keep gradients from all parameters that the block's own layers do not use."""
-        return read_only(self._foreign[block])
+    @contextmanager
+    def read_only(self, block: int) -> Iterator[None]:
+        """Keep gradients from all parameters that the block's own layers do not use, and statistics as they are."""
+        with read_only(self._foreign[block]), statistics_kept(self._normalising_elsewhere[block]):
+            yield
 
     def _note(self, index: int) -> Callable[..., None]:
         def hook(layer: nn.Module, args: tuple[Any, ...], output: Any) -> None:

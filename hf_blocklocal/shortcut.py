@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from hf_blocklocal.anatomy import is_encoder_decoder
 from hf_blocklocal.blocks import Cut, Trail
 from hf_blocklocal.copies import Copies
-from hf_blocklocal.lending import read_only, replaced_forward, run_inside
+from hf_blocklocal.lending import read_only, replaced_forward, run_inside, statistics_kept, statistics_of
 from hf_blocklocal.signals import beside_hidden
 from hf_blocklocal.spans import has_spans, span_logits
 from hf_blocklocal.trace import Trace
@@ -78,6 +78,7 @@ class Shortcut:
         self._foreign = [
             [parameter for name, parameter in model.named_parameters() if name not in mine] for mine in reached
         ]
+        self._normalising = [module for module in model.modules() if statistics_of(module)]
 
     def lent_weights(self, owners: Mapping[str, int]) -> list[set[str]]:
         """Return, for each block but the last, the names of the parameters that its head uses and a later block owns.
@@ -157,11 +158,13 @@ class Shortcut:
         """Lend a block what lies above it, read-only, from the forward pass of its head to the end of the backward.
 
         Args:
-            block: The block. Parameters that its own layers do not use get no gradient.
+            block: The block. Parameters that its own layers do not use get no gradient, and no running statistics of
+                the model change.
             head_only: Whether no parameter of the model gets any.
         """
         copies = self.copies.in_use(block) if self.copies is not None else nullcontext()
-        with read_only(self.model.parameters() if head_only else self._foreign[block]), copies:
+        foreign = self.model.parameters() if head_only else self._foreign[block]
+        with read_only(foreign), copies, statistics_kept(self._normalising):
             yield
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from hf_blocklocal.parallel.chain import Chain
 
@@ -21,19 +21,19 @@ class WeightExchange:
 
     Args:
         chain: The place of this process.
-        parameters: The parameters of the model by name.
-        lent: For each block but the last, the names of the parameters that its head borrows.
-        owners: The block that owns each parameter.
+        weights: Parameters and running statistics of the model by name.
+        lent: For each block but the last, the names of those that its head borrows.
+        owners: The block that owns each of them.
     """
 
     def __init__(
         self,
         chain: Chain,
-        parameters: Mapping[str, nn.Parameter],
+        weights: Mapping[str, Tensor],
         lent: Sequence[set[str]],
         owners: Mapping[str, int],
     ) -> None:
-        self._parameters = parameters
+        self._weights = weights
         ways = {
             (owner, borrower): names
             for borrower, wanted in enumerate(lent)
@@ -49,7 +49,7 @@ class WeightExchange:
         """Send weights of this process, as they are now, to where they come into use at a step."""
         taken: dict[str, Tensor] = {}
         for outbox, names in self._lending:
-            taken |= {name: self._parameters[name].detach().clone() for name in names if name not in taken}
+            taken |= {name: self._weights[name].detach().clone() for name in names if name not in taken}
             outbox.send({"used_at": used_at}, [taken[name] for name in names])
 
     def take(self, used_at: int) -> dict[str, Tensor]:

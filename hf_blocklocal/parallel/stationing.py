@@ -39,10 +39,8 @@ class Stationing:
         unneeded = unneeded_here(model, boundaries, chain.block, needs) - self._lent_as_it_is()
         copies = assembly.copies
         if copies is not None:
-            parameters = dict(model.named_parameters())
-            # What is frozen is the same everywhere, and may be gone where it is not needed.
-            moving = [{name for name in names if parameters[name].requires_grad} for names in assembly.lent]
-            exchange = WeightExchange(chain, parameters, moving, assembly.owners)
+            statistics = {name: assembly.owners[parameter] for name, parameter in copies.beside.items()}
+            exchange = WeightExchange(chain, copies.live, copies.lent, {**assembly.owners, **statistics})
             copies.of_block(chain.block, exchange)
         heads = [p for block, head in enumerate(assembly.heads) if block != chain.block for p in head.parameters()]
         let_go_([p for name, p in model.named_parameters() if name in unneeded and not self.is_mine(p)] + heads)
