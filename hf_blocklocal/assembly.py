@@ -45,7 +45,7 @@ from hf_blocklocal.spans import read_spans
 from hf_blocklocal.step import LocalStep
 from hf_blocklocal.targets import Targets, Task, labels_of, read_targets
 from hf_blocklocal.trace import owners_of, plan_cut, plan_spans, trace_layers, trace_reach
-from hf_blocklocal.tying import freeze_shared_, with_tied_weights_settled_
+from hf_blocklocal.tying import with_shared_weights_settled_, with_tied_weights_settled_
 
 
 class TaughtModel(nn.Module):
@@ -232,7 +232,7 @@ def assemble(
     check_structure(model, config)
     if config.num_blocks == 1:
         return _uncut(model, config)
-    config = with_tied_weights_settled_(model, config)
+    asked, config = config.tied_weights, with_tied_weights_settled_(model, config)
     trace = trace_layers(model, find_stacks(model, config.layers), inputs)
     cut = plan_cut(trace, config)
     config = settled(config, single_stack=trace.stacks[-1] == 0)
@@ -245,8 +245,7 @@ def assemble(
     router_loss = find_router_loss(model)
     boundaries = Boundaries(model, cut, router_loss.routers if router_loss else None)
     reach = trace_reach(model, boundaries, inputs)
-    if config.tied_weights == "freeze":
-        freeze_shared_(model, reach)
+    config = with_shared_weights_settled_(model, config, reach, asked=asked == "untie")
     inlets = Inlets(model, boundaries) if config.denoising > 0 or config.reconstruction > 0 else None
     denoising = None
     if config.denoising > 0:

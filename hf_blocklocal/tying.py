@@ -75,23 +75,57 @@ def untie_(model: nn.Module, *, asked: bool) -> bool:
     return True
 
 
-def freeze_shared_(model: nn.Module, reach: Sequence[set[str]]) -> list[str]:
+def with_shared_weights_settled_(
+    model: nn.Module, config: BlockLocalConfig, reach: Sequence[set[str]], *, asked: bool
+) -> BlockLocalConfig:
+    """Decide what becomes of weights that are still shared by blocks, and freeze them if that is it.
+
+    Args:
+        model: The model, changed in place.
+        config: What has been decided of the language-model head.
+        reach: For each block, the names of the parameters that its loss reaches.
+        asked: Whether `untie` was asked for by name.
+
+    Returns:
+        The configuration with nothing left open about them.
+
+    Raises:
+        UnsupportedSettingError: If untying was asked for, blocks are in several processes, and other weights than the
+            language-model head's are shared.
+    """
+    shared = shared_by_blocks(reach)
+    policy = config.tied_weights
+    if policy == "untie" and config.block_parallel_size > 1 and shared:
+        if asked:
+            raise UnsupportedSettingError(
+                f"tied_weights='untie' and block_parallel_size={config.block_parallel_size}: {type(model).__name__} "
+                f"has other weights than its language-model head that several blocks use, {', '.join(shared[:4])}, "
+                "and there is no way to add up their gradients. Use tied_weights='freeze'."
+            )
+        policy = "freeze"
+    if policy == "freeze":
+        freeze_shared_(model, reach)
+    return replace(config, tied_weights=policy) if config.tied_weights != policy else config
+
+
+def freeze_shared_(model: nn.Module, reach: Sequence[set[str]]) -> None:
     """Freeze the parameters that the losses of several blocks reach.
 
     Args:
         model: The model, changed in place.
         reach: For each block, the names of the parameters that its loss reaches.
-
-    Returns:
-        Their names.
     """
-    seen: set[str] = set()
-    shared = sorted(name for names in reach for name in names if name in seen or seen.add(name))
-    for name in dict.fromkeys(shared):
+    shared = shared_by_blocks(reach)
+    for name in shared:
         model.get_parameter(name).requires_grad_(False)
     if shared:
         logger.warning(
             "%s: used by several blocks, and frozen: tied_weights='freeze'. It stays as it was pretrained.",
-            ", ".join(dict.fromkeys(shared)),
+            ", ".join(shared),
         )
-    return list(dict.fromkeys(shared))
+
+
+def shared_by_blocks(reach: Sequence[set[str]]) -> list[str]:
+    """Return the names of the parameters that the losses of several blocks reach."""
+    seen: set[str] = set()
+    return sorted({name for names in reach for name in names if name in seen or seen.add(name)})
