@@ -7,7 +7,7 @@ averaging of a block runs while the next block computes.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -21,11 +21,18 @@ class GradientAverager:
     Args:
         world_size: Processes, each of which holds a copy.
         group: Group of those processes; all there are by default.
+        together: Runs a function in which this process waits for others.
     """
 
-    def __init__(self, world_size: int, group: dist.ProcessGroup | None = None) -> None:
+    def __init__(
+        self,
+        world_size: int,
+        group: dist.ProcessGroup | None = None,
+        together: Callable[[Callable[[], Any]], Any] = lambda wait: wait(),
+    ) -> None:
         self.world_size = world_size
         self.group = group
+        self._together = together
         self._pending: list[_Bucket] = []
 
     def start(self, parameters: Sequence[nn.Parameter]) -> None:
@@ -40,6 +47,8 @@ class GradientAverager:
 
     def finish(self) -> None:
         """Wait for all gradients sent off so far and put the averages in place."""
+        if self._pending and dist.get_backend(self.group) == "gloo":  # with others it is the device that waits
+            self._together(lambda: [bucket.work.wait() for bucket in self._pending])
         for bucket in self._pending:
             bucket.finish(self.world_size)
         self._pending.clear()

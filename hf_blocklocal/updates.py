@@ -5,7 +5,7 @@ Always one block by itself. When which block is ready is the caller's business.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -21,11 +21,17 @@ class BlockUpdates:
     Args:
         world_size: Processes, each of which holds a copy of every block that is here.
         group: Group of those processes; all there are by default.
+        together: Runs a function in which this process waits for others.
     """
 
-    def __init__(self, world_size: int, group: Any = None) -> None:
+    def __init__(
+        self,
+        world_size: int,
+        group: Any = None,
+        together: Callable[[Callable[[], Any]], Any] = lambda wait: wait(),
+    ) -> None:
         self.group = group
-        self._averager = GradientAverager(world_size, group)
+        self._averager = GradientAverager(world_size, group, together)
         self._norms: dict[int, Tensor] = {}
 
     def average(self, *blocks: Sequence[nn.Parameter], wait: bool) -> None:

@@ -9,23 +9,30 @@ from __future__ import annotations
 import atexit
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import partial
+from itertools import count
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
-from hf_blocklocal.errors import UnsupportedSettingError
+from hf_blocklocal.errors import BlockLocalError, BlockPeerError, UnsupportedSettingError
+from hf_blocklocal.parallel.meetings import Meetings
 from hf_blocklocal.parallel.peers import Peers
 from hf_blocklocal.parallel.stream import Inbox, Link, Outbox
 
 
 # Between two runs nobody sends for as long as a user likes; who is lost is found out otherwise.
 _PATIENCE = timedelta(days=7)
+# Trainers are made in the same order in all processes, so a number tells what one has said from what another has.
+_NUMBERS = count()
+
+Result = TypeVar("Result")
 
 
 @dataclass
@@ -63,6 +70,7 @@ class Chain:
     in_session: bool = False
     _outboxes: list[Outbox] = field(default_factory=list, repr=False)
     _inboxes: list[Inbox] = field(default_factory=list, repr=False)
+    _meetings: Meetings | None = field(default=None, repr=False)
     _failed: bool = field(default=False, repr=False)
 
     @property
@@ -147,6 +155,34 @@ class Chain:
         for box in self._boxes:
             self.peers.check(box.link.peer, box.error)
 
+    def together(self, function: Callable[..., Result], *args: Any, **kwargs: Any) -> Result:
+        """Run a function that waits for other processes, and return what it returns.
+
+        Raises:
+            BlockPeerError: If waiting is in vain.
+        """
+        if self._meetings is None:
+            self._meetings = Meetings(self.peers.check_all, self.explain, self.device)
+        try:
+            return self._meetings.run(function, *args, **kwargs)
+        except BlockPeerError as error:
+            self.fail(error)
+            raise
+
+    def meet(self) -> None:
+        """Wait until all processes are here, so that what they do next cannot wait for one that is gone."""
+        self.together(dist.barrier, group=self.control)
+
+    def explain(self, error: BaseException) -> None:
+        """Look for what is behind an error that may come of a broken connection.
+
+        Raises:
+            BlockPeerError: If a process has failed or is gone.
+        """
+        # Broken connections have no type of their own; whether anyone is missing tells them from other errors.
+        if isinstance(error, RuntimeError) and not isinstance(error, BlockLocalError):
+            self.peers.look_for_missing()
+
     def fail(self, error: BaseException) -> None:
         """Leave word of an error that ends this process."""
         self._failed = True
@@ -223,7 +259,7 @@ def form_chains(num_blocks: int, device: torch.device, *, peer_timeout: float) -
     rank = dist.get_rank()
     mesh = init_device_mesh(device.type, (world // num_blocks, num_blocks), mesh_dim_names=("replica", "block"))
     names = [f"Block {other % num_blocks} (rank {other})" for other in range(world)]
-    store = dist.PrefixStore("hf_blocklocal", dist.distributed_c10d._get_default_store().clone())
+    store = dist.PrefixStore(f"hf_blocklocal/{next(_NUMBERS)}", dist.distributed_c10d._get_default_store().clone())
     peers = Peers(store, rank=rank, names=names, timeout=peer_timeout)
     chain = Chain(
         block=rank % num_blocks,
@@ -232,7 +268,7 @@ def form_chains(num_blocks: int, device: torch.device, *, peer_timeout: float) -
         num_replicas=world // num_blocks,
         replicas=mesh["replica"].get_group(),
         blocks=mesh["block"].get_group(),
-        control=dist.new_group(backend="gloo"),
+        control=dist.new_group(backend="gloo", timeout=_PATIENCE),
         control_of_blocks=_control_of_blocks(world, num_blocks),
         peers=peers,
         device=device,
@@ -247,5 +283,5 @@ def form_chains(num_blocks: int, device: torch.device, *, peer_timeout: float) -
 def _control_of_blocks(world: int, num_blocks: int) -> dist.ProcessGroup:
     """Make a group for every chain, and return this process's."""
     chains = [list(range(first, first + num_blocks)) for first in range(0, world, num_blocks)]
-    groups = [dist.new_group(ranks, backend="gloo") for ranks in chains]
+    groups = [dist.new_group(ranks, backend="gloo", timeout=_PATIENCE) for ranks in chains]
     return groups[dist.get_rank() // num_blocks]

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import signal
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
@@ -20,7 +22,9 @@ _MARGIN = 2
 
 
 class Leaving:
-    """Takes SIGTERM, and where a checkpoint is to be saved Ctrl-C, for a run of block-parallel training.
+    """Takes SIGTERM, and where a checkpoint is to be saved Ctrl-C, while processes work together.
+
+    Signals come to the main thread alone: a run in another thread is not told of them.
 
     Args:
         chain: The place of this process.
@@ -29,10 +33,12 @@ class Leaving:
 
     def __init__(self, chain: Chain, *, save: bool) -> None:
         self._chain, self._save = chain, save
-        self._told = False
+        self._told = self._in_run = False
         self._before: dict[int, Callable[..., Any] | int | None] = {}
 
     def __enter__(self) -> Leaving:
+        if threading.current_thread() is not threading.main_thread():
+            return self
         # A launcher that is stopped by Ctrl-C passes on just that.
         for sign in (signal.SIGTERM, signal.SIGINT) if self._save else (signal.SIGTERM,):
             self._before[sign] = signal.signal(sign, self._hear)
@@ -41,6 +47,15 @@ class Leaving:
     def __exit__(self, *_: Any) -> None:
         for sign, before in self._before.items():
             signal.signal(sign, before)
+
+    @contextmanager
+    def in_run(self) -> Iterator[None]:
+        """Train inside the `with`: there is a step to stop at."""
+        self._in_run = True
+        try:
+            yield
+        finally:
+            self._in_run = False
 
     def due(self, step: int) -> bool:
         """Tell whether the run is to end after an optimizer step.
@@ -58,7 +73,7 @@ class Leaving:
         except BlockPeerError as error:
             sys.stderr.write(f"{type(error).__name__}: {error}\n")
         else:
-            if self._save and not self._told:
+            if self._save and self._in_run and not self._told:
                 self._told = True
                 return
         signal.signal(sign, self._before[sign])

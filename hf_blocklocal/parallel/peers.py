@@ -21,6 +21,8 @@ _BEAT = 0.5
 _LAST_WORDS = 3.0
 # How long to wait for signs of life when a process may be gone: several beats, on a busy machine.
 _NOTICING = 5.0
+# Seconds from one look at the signs of life of all to the next, so that many processes do not crowd the store.
+_LOOK = 1.0
 
 
 class Peers:
@@ -37,6 +39,7 @@ class Peers:
         self.step = 0
         self._store, self._rank, self._names, self._timeout = store, rank, names, timeout
         self._seen: dict[int, tuple[bytes, float]] = {}
+        self._looked = 0.0
         self._stopped = threading.Event()
         self._beats = threading.Thread(target=self._beat, args=(store.clone(),), name="sign of life", daemon=True)
         self._beats.start()
@@ -46,6 +49,7 @@ class Peers:
         if not isinstance(error, BlockPeerError):
             said = {"rank": self._rank, "step": self.step, "error": f"{type(error).__name__}: {error}"[:2000]}
             self._store.set(f"failed/{self._rank}", json.dumps(said))
+            self._store.set("failed", str(self._rank))
 
     def look_for_missing(self) -> None:
         """Wait for a sign of life of every process.
@@ -101,11 +105,30 @@ class Peers:
             time.sleep(0.1)
         if broken is not None:
             self._give_up(peer, f"is gone; {self._where(peer)} ({str(broken).splitlines()[0][:200]})")
-        silent = self._silent_for(peer)
+        self._check_sign(peer)
+
+    def check_all(self) -> None:
+        """Raise if waiting for all processes together is in vain.
+
+        Raises:
+            BlockPeerError: If any process has reported a failure, or has shown no sign of life for too long.
+        """
+        self._look_for_failures()
+        if time.monotonic() < self._looked + _LOOK:
+            return
+        for rank in range(len(self._names)):
+            if rank != self._rank:
+                self._check_sign(rank)
+        self._looked = time.monotonic()
+
+    def _check_sign(self, rank: int) -> None:
+        silent = self._silent_for(rank)
         if silent > self._timeout:
-            self._give_up(peer, f"has shown no sign of life for {silent:.0f} s; {self._where(peer)}")
+            self._give_up(rank, f"has shown no sign of life for {silent:.0f} s; {self._where(rank)}")
 
     def _look_for_failures(self) -> None:
+        if not self._store.check(["failed"]):
+            return
         for rank in range(len(self._names)):
             if self._store.check([f"failed/{rank}"]):
                 said = json.loads(self._store.get(f"failed/{rank}"))

@@ -1,0 +1,101 @@
+"""A process that waits for all others looks around meanwhile, and what one trainer says is not for another's ears."""
+
+from __future__ import annotations
+
+import atexit
+import threading
+import time
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from hf_blocklocal.errors import BlockPeerError
+from hf_blocklocal.parallel.chain import form_chains
+from hf_blocklocal.parallel.leaving import Leaving
+from hf_blocklocal.parallel.meetings import Meetings
+
+
+CPU = torch.device("cpu")
+
+
+def nothing(*_):
+    """See nobody missing."""
+
+
+def test_what_processes_do_together_returns_what_it_returns():
+    meetings = Meetings(nothing, nothing, CPU)
+    assert meetings.run(lambda one, two: one + two, 1, two=2) == 3
+    assert meetings.run(lambda: meetings.run(lambda: "within")) == "within"
+    with torch.no_grad():
+        assert not meetings.run(torch.is_grad_enabled)
+
+
+def test_who_waits_in_vain_is_told_so():
+    looks = []
+
+    def look_around():
+        looks.append(time.monotonic())
+        if len(looks) == 2:
+            raise BlockPeerError("Block 1 is gone.")
+
+    meetings, never = Meetings(look_around, nothing, CPU), threading.Event()
+    with pytest.raises(BlockPeerError, match=r"Block 1 is gone\."):
+        meetings.run(never.wait)
+    never.set()
+
+
+def test_an_error_is_explained_by_who_is_missing_and_else_told_as_it_is():
+    def explain(error):
+        if "reset" in str(error):
+            raise BlockPeerError("Block 1 is gone.")
+
+    def fail(error):
+        raise error
+
+    meetings = Meetings(nothing, explain, CPU)
+    with pytest.raises(BlockPeerError, match=r"Block 1 is gone\."):
+        meetings.run(fail, RuntimeError("reset by peer"))
+    with pytest.raises(KeyError, match="no such column"):
+        meetings.run(fail, KeyError("no such column"))
+
+
+@pytest.fixture
+def alone():
+    """Make this process the only one of its kind."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    chains = []
+
+    def chain():
+        chains.append(form_chains(1, CPU, peer_timeout=5.0))
+        return chains[-1]
+
+    yield chain
+    for made in chains:
+        made.peers.stop()
+        atexit.unregister(made.leave)
+    dist.destroy_process_group()
+
+
+def test_trainers_of_one_process_do_not_hear_each_others_failures(alone):
+    first, second = alone(), alone()
+    first.peers.report(ValueError("no such file"))
+    with pytest.raises(BlockPeerError, match="ValueError: no such file"):
+        first.together(time.sleep, 30)
+    assert second.together(lambda: "goes on") == "goes on"
+    second.peers.check_all()
+    assert first.peers.agree_to_stop(3, decides=True, waiting=nothing) == 3
+    assert second.peers.agree_to_stop(9, decides=True, waiting=nothing) == 9
+
+
+def test_a_run_in_a_thread_of_its_own_takes_no_signals(alone):
+    entered = []
+
+    def run():
+        with Leaving(alone(), save=True) as leaving:
+            entered.append(leaving.due(1))
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    assert entered == [False]
