@@ -24,7 +24,7 @@ from hf_blocklocal.errors import OutOfStepError
 from hf_blocklocal.parallel.wire import TensorForm, decoded, encoded, put_together, take_apart
 
 
-HEADER_BYTES = 4096
+HEADER_BYTES = 8192
 # Messages that may wait on either side. Two hide a transfer; more evens out blocks whose pace varies.
 DEPTH = 4
 _POLL = 0.1
