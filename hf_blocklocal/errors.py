@@ -35,6 +35,10 @@ class UnsupportedSettingError(BlockLocalError, ValueError):
     """An argument asks for something that cannot work block-locally (yet). Raised before training, by name."""
 
 
+class SplitError(BlockLocalError, ValueError):
+    """A block by itself gives something else than inside the whole model. Raised before training, nothing is lost."""
+
+
 class TargetError(BlockLocalError, ValueError):
     """The batch holds no target, or one that no feedback head can teach. Raised before training."""
 

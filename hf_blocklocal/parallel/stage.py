@@ -9,7 +9,7 @@ pass is broken off where the block ends. Weights of other blocks are let go: the
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -58,19 +58,20 @@ class Stage:
         self._wanted_above = needs.side_inputs[above] if above < cut.num_blocks else frozenset()
         self._needed = needs.side_inputs[block]
         self._given: dict[int | str, Any] = {}
-        self._for_above: dict[int | str, Any] = {}
-        self._embedding = None
+        self._for_above: list[list[Any]] = []
+        self._embeddings: list[nn.Embedding] = []
         embedding = input_embedding(model)
         if embedding is not None and not needs.parameters[block] & set(_names_in(model, embedding)):
-            self._embedding = embedding
+            # Stacks of an encoder-decoder may have modules of their own for one and the same weight.
+            tables = (module for module in model.modules() if isinstance(module, nn.Embedding))
+            self._embeddings = [table for table in tables if table.weight is embedding.weight]
 
     @contextmanager
     def standing_in(self) -> Iterator[None]:
         """Let something stand in, inside the `with`, for the layers below the block."""
         with ExitStack() as stack:
-            if self._embedding is not None:
-                width, dtype = self._embedding.weight.shape[-1], self._embedding.weight.dtype
-                stack.enter_context(replaced_forward(self._embedding, _nothing(width, dtype)))
+            for table in self._embeddings:
+                stack.enter_context(replaced_forward(table, _nothing(table.weight.shape[-1], table.weight.dtype)))
             for index in range(self._span.start):
                 forward = self._arrival if index == self._span.start - 1 else _hands_on(self._forms[index])
                 stack.enter_context(replaced_forward(self._layers[index], self._unless_suspended(index, forward)))
@@ -85,8 +86,7 @@ class Stage:
 
     def hand_on(self, output: Any) -> None:
         """Send what the last layer of the block has returned, with what layers above will be given beside it."""
-        sides = [[name, value] for name, value in self._for_above.items()]
-        self._for_above = {}
+        sides, self._for_above = self._for_above, []
         self._send([output, sides])
 
     def _arrival(self, *_args: Any, **_kwargs: Any) -> Any:
@@ -97,9 +97,7 @@ class Stage:
     def _note_for_above(self, _layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self._boundaries.is_suspended:
             return
-        given = {**dict(enumerate(args)), **kwargs}
-        wanted = {name: given[name] for name in sorted(self._wanted_above, key=str) if name in given}
-        self._for_above = map_tensors(wanted, Tensor.detach)
+        self._for_above = map_tensors(sides_of(args, kwargs, self._wanted_above), Tensor.detach)
 
     def _unless_suspended(self, index: int, forward: Callable[..., Any]) -> Callable[..., Any]:
         own = self._layers[index].forward
@@ -108,6 +106,12 @@ class Stage:
             return own(*args, **kwargs) if self._boundaries.is_suspended else forward(*args, **kwargs)
 
         return run
+
+
+def sides_of(args: tuple[Any, ...], kwargs: Mapping[str, Any], names: Set[int | str]) -> list[list[Any]]:
+    """Return those of a layer's arguments that the block above needs, each behind its position or name."""
+    given = {**dict(enumerate(args)), **kwargs}
+    return [[name, given[name]] for name in sorted(names, key=str) if name in given]
 
 
 def _hands_on(form: int) -> Callable[..., Any]:
