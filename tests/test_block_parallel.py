@@ -63,7 +63,18 @@ TWO = {
         "lora": {"task_type": "SEQ_CLS", "r": 4, "target_modules": ["query", "value"], "lora_dropout": 0.1},
         "config": {},
     },
-    "vit": {"specimen": "vit", "dropout": 0.1, "config": {"reconstruction": 0.5, "head_layers": 0}},
+    "vit": {
+        "specimen": "vit",
+        "dropout": 0.1,
+        "noisy": True,
+        "args": {"dataloader_num_workers": 1},
+        "config": {"reconstruction": 0.5, "head_layers": 0},
+    },
+    "resnet": {
+        "specimen": "resnet",
+        "args": BEST,
+        "config": {"head_layers": 1, "head_refresh_steps": 2, "head_refresh_lag": 1},
+    },
     "llama, compiled": {
         "specimen": "llama",
         "args": {"torch_compile": True, "torch_compile_backend": "eager"},
@@ -193,6 +204,7 @@ def test_the_same_weights_and_metrics_wherever_blocks_are(runs, name, first, sec
         assert without_times(log["metrics"]) == without_times(reference["metrics"])
         assert log["predictions"] == reference["predictions"]
         assert log["generated"] == reference["generated"]
+        assert log["training_loss"] == pytest.approx(reference["training_loss"], rel=1e-5)
 
 
 @pytest.mark.parametrize(("name", "first", "second", "processes"), PLACES, ids=[place[0] for place in PLACES])
@@ -207,9 +219,19 @@ def test_no_process_holds_the_whole_model(runs, name, first, second, processes):
     assert all(log["held"] == 1 for log in logs_of(runs / first / name))
 
 
+def test_files_of_weights_are_those_of_one_process(runs):
+    for name in ("bert", "gpt2", "t5", "resnet"):
+        first, second = (runs / place / name / "final" / "model.safetensors" for place in ("one", "two"))
+        assert first.read_bytes() == second.read_bytes()
+
+
+def test_what_the_last_block_does_not_know_is_not_predicted(runs):
+    assert [logs_of(runs / place / "t5 in 4")[0]["parts"] for place in ("one", "four")] == [2, 1]
+
+
 def test_the_history_says_who_worked_when(runs):
     for place, name, blocks in (("two", "bert", 2), ("four", "bert in 4", 4), ("four", "bert in chains", 2)):
-        rows = [row for row in read_history(runs / place / name / HISTORY_NAME) if isinstance(row, Timeline)]
+        rows = [row for row in read_history(runs / place / name / "final" / HISTORY_NAME) if isinstance(row, Timeline)]
         assert {row.block for row in rows} == set(range(blocks))
         assert all(row.start < row.stop for row in rows)
         for block in range(blocks):
@@ -273,11 +295,11 @@ def assert_equal(first, second):
 # ---- When something goes wrong ----
 
 
-def failed(folder, *, processes=2, timeout=120, config=None, **what):
+def failed(folder, *, processes=2, blocks=None, timeout=120, config=None, **what):
     """Run a case that goes wrong; return what was printed, and the seconds it took to end."""
     case = {"specimen": "bert", "args": SAVED, "config": {"head_layers": 0, **(config or {})}, **what}
     start = time.monotonic()
-    result = run(folder, {"case": settled(case, processes=processes)}, processes=processes, timeout=timeout)
+    result = run(folder, {"case": settled(case, processes=blocks or processes)}, processes=processes, timeout=timeout)
     assert result.returncode != 0
     return result.stderr, time.monotonic() - start
 
@@ -290,7 +312,7 @@ def test_an_error_in_one_process_ends_all_and_is_told_by_block_and_step(tmp_path
 
 def test_other_batches_in_one_process_are_an_error_that_says_so(tmp_path):
     said, _ = failed(tmp_path, odd=1)
-    assert "BatchMismatchError: Block 1 has read at step 0 0 a batch of labels [4] with checksum" in said
+    assert "BatchMismatchError: Block 1 has read at step 0 0 a batch of input_ids [4, 12] with checksum" in said
     assert "must read the same batches" in said
 
 
@@ -307,6 +329,28 @@ def test_a_process_that_is_killed_ends_all_and_the_run_goes_on_from_its_checkpoi
 def test_a_process_that_hangs_ends_all(tmp_path):
     said, seconds = failed(tmp_path, stopped=[0, 5], config={"peer_timeout": 4.0})
     assert "Block 0 (rank 0) has shown no sign of life for" in said
+    assert seconds < 100
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_process_that_dies_in_an_evaluation_ends_all(tmp_path, rank):
+    said, seconds = failed(tmp_path, killed=[rank, 2], evaluating=True, config={"peer_timeout": 4.0})
+    assert f"BlockPeerError: Block {rank} (rank {rank}) is gone; last heard of at step" in said
+    assert f"Block {1 - rank} (rank {1 - rank}) was at step 6 and cannot go on without it" in said
+    assert seconds < 100
+
+
+def test_a_process_that_hangs_in_an_evaluation_ends_all(tmp_path):
+    said, seconds = failed(tmp_path, stopped=[1, 2], evaluating=True, config={"peer_timeout": 4.0})
+    assert "BlockPeerError: Block 1 (rank 1) has shown no sign of life for" in said
+    assert "Block 0 (rank 0) was at step 6" in said
+    assert seconds < 100
+
+
+def test_a_chain_that_hangs_ends_the_other_chains(tmp_path):
+    """They wait for it where gradients are averaged, and nowhere else."""
+    said, seconds = failed(tmp_path, processes=4, blocks=2, stopped=[3, 5], config={"peer_timeout": 4.0})
+    assert "Block 1 (rank 3) has shown no sign of life for" in said
     assert seconds < 100
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import queue
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
@@ -65,6 +66,7 @@ def test_weights_on_their_way_may_stay_there_until_the_outermost_session_ends():
     fetched = []
     places = dict.fromkeys(("replicas", "blocks", "control", "control_of_blocks", "peers", "device"))
     trainer = object.__new__(PlacesBlocks)
+    trainer._leaving = nullcontext()
     trainer._chain = Chain(block=0, num_blocks=2, replica=0, num_replicas=1, **places)
     trainer.assembly = SimpleNamespace(copies=SimpleNamespace(fetch=lambda: fetched.append("all")))
     with trainer._session():

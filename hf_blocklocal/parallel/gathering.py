@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -10,40 +12,116 @@ import torch.distributed as dist
 from torch import Tensor
 
 from hf_blocklocal.parallel.chain import Chain
-from hf_blocklocal.parallel.stream import HEADER_BYTES
 from hf_blocklocal.parallel.wire import TensorForm, decoded, encoded, put_together, take_apart
 
 
-def gather_to_first(chain: Chain, tensors: Mapping[str, Tensor], facts: Any = None) -> tuple[dict[str, Tensor], list]:
-    """Collect named tensors from all blocks at the process that writes checkpoints, one tensor at a time.
+# What the process that collects asks for when it has all that it wants.
+_ENOUGH = -1
 
-    All processes must call it. Only those of the first chain, of which the others are copies, say anything.
+
+@dataclass
+class Gathered(Mapping[str, Tensor]):
+    """Named tensors of all blocks, each of which comes when it is asked for, to the CPU, and is kept by nobody.
+
+    Attributes:
+        forms: What each of them is like.
+        said: What each block has to say beside them.
+    """
+
+    chain: Chain
+    forms: dict[str, TensorForm] = field(default_factory=dict)
+    said: list[Any] = field(default_factory=list)
+    _here: Mapping[str, Tensor] = field(default_factory=dict, repr=False)
+    _places: dict[str, tuple[int, int]] = field(default_factory=dict, repr=False)
+
+    def __len__(self) -> int:
+        return len(self.forms)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.forms)
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name in self._here:
+            return self._here[name].detach().cpu()
+        rank, place = self._places[name]
+        return self.chain.together(self._ask_for, rank, place, self.forms[name])
+
+    def _ask_for(self, rank: int, place: int, form: TensorForm) -> Tensor:
+        dist.send(torch.tensor([place]), rank, group=self.chain.control)
+        tensor = form.empty(torch.device("cpu"))
+        dist.recv(tensor, rank, group=self.chain.control)
+        return tensor
+
+
+@contextmanager
+def gathered_at_first(chain: Chain, tensors: Mapping[str, Tensor], facts: Any = None) -> Iterator[Gathered]:
+    """Let the process that writes checkpoints ask for named tensors of all blocks inside the `with`.
+
+    All processes must enter it. Those of the other blocks of the first chain, of which other chains are copies, answer
+    until that process has left it, and then have an empty collection, as all others have.
 
     Args:
         chain: The place of this process.
-        tensors: What this process holds.
-        facts: Anything else that it has to say, JSON-able or of plain values.
+        tensors: What this process holds, under names that no other block uses.
+        facts: Anything else that it has to say, of plain values.
+    """
+    gathered = Gathered(chain)
+    if chain.replica == 0 and chain.block > 0:
+        chain.together(_answer, chain, tensors, facts)
+    elif chain.writes:
+        gathered.said.append(facts)
+        gathered._here = tensors
+        gathered.forms |= {name: TensorForm.of(tensor) for name, tensor in tensors.items()}
+        for rank in range(1, chain.num_blocks):
+            chain.together(_be_told, gathered, rank)
+    yield gathered
+    if chain.writes:
+        for rank in range(1, chain.num_blocks):
+            chain.together(dist.send, torch.tensor([_ENOUGH]), rank, group=chain.control)
+
+
+def gather_to_first(chain: Chain, tensors: Mapping[str, Tensor], facts: Any = None) -> tuple[dict[str, Tensor], list]:
+    """Collect named tensors from all blocks at the process that writes checkpoints.
+
+    Args:
+        chain: As of `gathered_at_first`.
+        tensors: The same.
+        facts: The same.
 
     Returns:
         At rank 0 the tensors of all blocks, on the CPU, and what each block had to say; elsewhere nothing.
     """
-    if chain.replica > 0:
-        return {}, []
-    if chain.block > 0:
-        forms = [(name, *_form(tensor)) for name, tensor in tensors.items()]
-        dist.send_object_list([forms, facts], dst=0, group=chain.control)
-        for tensor in tensors.values():
-            dist.send(tensor.detach().contiguous().cpu(), 0, group=chain.control)
-        return {}, []
-    together, said = {name: tensor.detach().cpu() for name, tensor in tensors.items()}, [facts]
-    for rank in range(1, chain.num_blocks):
-        told: list[Any] = [None, None]
-        dist.recv_object_list(told, src=rank, group=chain.control)
-        for name, dtype, shape in told[0]:
-            together[name] = TensorForm(dtype, shape).empty(torch.device("cpu"))
-            dist.recv(together[name], rank, group=chain.control)
-        said.append(told[1])
-    return together, said
+    with gathered_at_first(chain, tensors, facts) as gathered:
+        return dict(gathered), gathered.said
+
+
+def _answer(chain: Chain, tensors: Mapping[str, Tensor], facts: Any) -> None:
+    """Say what there is, and send what is asked for."""
+    forms = [[name, *_form(tensor)] for name, tensor in tensors.items()]
+    description, said = take_apart([forms, facts])
+    assert not said, "facts are plain values"
+    message = encoded({"value": description})
+    dist.send(torch.tensor([len(message)]), 0, group=chain.control)
+    dist.send(message, 0, group=chain.control)
+    here, place = list(tensors.values()), torch.empty(1, dtype=torch.int64)
+    while True:
+        dist.recv(place, 0, group=chain.control)
+        if place.item() == _ENOUGH:
+            return
+        dist.send(here[place.item()].detach().cpu().contiguous(), 0, group=chain.control)
+
+
+def _be_told(gathered: Gathered, rank: int) -> None:
+    """Take down what another process has."""
+    group, length = gathered.chain.control, torch.empty(1, dtype=torch.int64)
+    dist.recv(length, rank, group=group)
+    message = torch.empty(int(length), dtype=torch.uint8)
+    dist.recv(message, rank, group=group)
+    forms, facts = put_together(decoded(message)["value"], [])
+    for place, (name, dtype, shape) in enumerate(forms):
+        gathered.forms[name] = TensorForm(dtype, tuple(shape))
+        gathered._places[name] = (rank, place)
+    gathered.said.append(facts)
 
 
 def give_to_all(chain: Chain, tensors: Mapping[str, Tensor], names: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -57,7 +135,7 @@ def give_to_all(chain: Chain, tensors: Mapping[str, Tensor], names: Mapping[str,
     given = {}
     for name, form in names.items():
         given[name] = tensors[name].contiguous() if chain.writes else torch.empty_like(form, device="cpu")
-        dist.broadcast(given[name], 0, group=chain.control)
+        chain.together(dist.broadcast, given[name], 0, group=chain.control)
     return given
 
 
@@ -69,19 +147,26 @@ def share_from_last(chain: Chain, value: Any, device: torch.device) -> Any:
         value: What is to be shared; looked at only where the last block is.
         device: Where the tensors in it are, or are to be.
     """
-    source, header = chain.last_rank, torch.empty(HEADER_BYTES, dtype=torch.uint8)
-    tensors: list[Tensor] = []
-    if chain.is_last:
-        description, tensors = take_apart(value)
-        header = encoded({"value": description, "forms": [_form(tensor) for tensor in tensors]}, HEADER_BYTES)
-    dist.broadcast(header, source, group=chain.control_of_blocks)
-    said = decoded(header)
-    shared = []
+    description, tensors = take_apart(value) if chain.is_last else (None, [])
+    message = encoded({"value": description, "forms": [_form(tensor) for tensor in tensors]})
+    said, shared = chain.together(_share, chain, message, tensors, device)
+    return put_together(said["value"], shared)
+
+
+def _share(
+    chain: Chain, message: Tensor, tensors: Sequence[Tensor], device: torch.device
+) -> tuple[dict[str, Any], list[Tensor]]:
+    source, length = chain.last_rank, torch.tensor([len(message)])
+    dist.broadcast(length, source, group=chain.control_of_blocks)
+    if not chain.is_last:
+        message = torch.empty(int(length), dtype=torch.uint8)
+    dist.broadcast(message, source, group=chain.control_of_blocks)
+    said, shared = decoded(message), []
     for place, (dtype, shape) in enumerate(said["forms"]):
         tensor = tensors[place].contiguous() if chain.is_last else TensorForm(dtype, tuple(shape)).empty(device)
         dist.broadcast(tensor, source, group=chain.blocks)
         shared.append(tensor)
-    return put_together(said["value"], shared)
+    return said, shared
 
 
 def gather_samples(chain: Chain, value: Any, gradient_state: Any) -> Any:
@@ -100,7 +185,7 @@ def gather_samples(chain: Chain, value: Any, gradient_state: Any) -> Any:
         return value
     if chain.num_replicas > 1:
         parts = [torch.empty_like(value) for _ in range(chain.num_replicas)]
-        dist.all_gather(parts, value.contiguous(), group=chain.replicas)
+        chain.together(dist.all_gather, parts, value.contiguous(), group=chain.replicas)
         value = torch.cat(parts)
     cut_off = gradient_state.end_of_dataloader and gradient_state.remainder > 0
     return value[: gradient_state.remainder] if cut_off else value
@@ -109,7 +194,7 @@ def gather_samples(chain: Chain, value: Any, gradient_state: Any) -> Any:
 def sum_over_blocks(chain: Chain, values: Tensor) -> Tensor:
     """Return the sum of a tensor over the processes of a chain."""
     values = values.clone()
-    dist.all_reduce(values, group=chain.blocks)
+    chain.together(dist.all_reduce, values, group=chain.blocks)
     return values
 
 

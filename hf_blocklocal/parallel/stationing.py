@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,11 +13,42 @@ from torch import Tensor, nn
 from hf_blocklocal.assembly import Assembly
 from hf_blocklocal.blocks import Boundaries
 from hf_blocklocal.errors import BatchMismatchError, UnsupportedSettingError
+from hf_blocklocal.parallel.batches import described, facts_of
 from hf_blocklocal.parallel.chain import Chain
 from hf_blocklocal.parallel.exchange import WeightExchange
-from hf_blocklocal.parallel.gathering import gather_to_first, give_to_all
+from hf_blocklocal.parallel.gathering import Gathered, gathered_at_first, give_to_all
 from hf_blocklocal.parallel.needs import trace_needs
+from hf_blocklocal.parallel.proof import check_block_alone
 from hf_blocklocal.parallel.stage import Stage, let_go_, move_, unneeded_here
+from hf_blocklocal.parallel.wire import TensorForm
+
+
+@dataclass(frozen=True)
+class Whole(Mapping[str, Tensor]):
+    """All weights of model and heads under the names that one process would give them, each fetched when asked for.
+
+    Attributes:
+        gathered: What other processes hold, and this one.
+        sources: For each name, what it is called there, or the tensor itself.
+    """
+
+    gathered: Gathered
+    sources: Mapping[str, str | Tensor]
+
+    def __len__(self) -> int:
+        return len(self.sources)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.sources)
+
+    def __getitem__(self, name: str) -> Tensor:
+        source = self.sources[name]
+        return source if isinstance(source, Tensor) else self.gathered[source]
+
+    def form(self, name: str) -> TensorForm:
+        """Return what a weight is like, without fetching it."""
+        source = self.sources[name]
+        return TensorForm.of(source) if isinstance(source, Tensor) else self.gathered.forms[source]
 
 
 class Stationing:
@@ -37,13 +69,17 @@ class Stationing:
         needs = trace_needs(model, boundaries, batch)
         self.owners |= _holders_of_frozen(model, boundaries, needs.parameters)
         unneeded = unneeded_here(model, boundaries, chain.block, needs) - self._lent_as_it_is()
+        gone = {name: p for name, p in model.named_parameters() if name in unneeded and not self.is_mine(p)}
+        self.unknown_outputs = check_block_alone(
+            model, boundaries, chain.block, needs=needs, forms=assembly.forms, gone=gone.keys(), inputs=batch
+        )
         copies = assembly.copies
         if copies is not None:
             statistics = {name: assembly.owners[parameter] for name, parameter in copies.beside.items()}
             exchange = WeightExchange(chain, copies.live, copies.lent, {**assembly.owners, **statistics})
             copies.of_block(chain.block, exchange)
         heads = [p for block, head in enumerate(assembly.heads) if block != chain.block for p in head.parameters()]
-        let_go_([p for name, p in model.named_parameters() if name in unneeded and not self.is_mine(p)] + heads)
+        let_go_([*gone.values(), *heads])
         boundaries.station = Stage(
             model,
             boundaries,
@@ -71,7 +107,7 @@ class Stationing:
             inputs: The batch.
             where: Its place in the run.
         """
-        self._facts = {"where": list(where), "batch": checksum(inputs)}
+        self._facts = facts_of(inputs, where)
 
     def state(self) -> dict[str, Tensor]:
         """Return what this process is to contribute to a checkpoint, by name in the whole."""
@@ -80,16 +116,19 @@ class Stationing:
         buffers = {name: buffer for name, buffer in module.named_buffers() if self._block_of_buffer(name) == block}
         return {self.names[parameter]: parameter.detach() for parameter in kept} | buffers
 
-    def checkpoint(self) -> dict[str, Tensor]:
-        """Return all weights of model and heads by name, gathered where checkpoints are written; elsewhere nothing."""
-        gathered, _ = gather_to_first(self._chain, self.state())
-        if not self._chain.writes:
-            return {}
-        module = self._assembly.module
-        whole = {}
-        for name, tensor in module.state_dict(keep_vars=True).items():
-            whole[name] = gathered.get(self.names.get(tensor, name), tensor.detach())
-        return whole
+    @contextmanager
+    def gathered(self) -> Iterator[Whole]:
+        """Let the process that writes checkpoints ask for all weights of model and heads inside the `with`.
+
+        All processes must enter it; in the others there are none.
+        """
+        with gathered_at_first(self._chain, self.state()) as gathered:
+            sources: dict[str, str | Tensor] = {}
+            if self._chain.writes:
+                for name, tensor in self._assembly.module.state_dict(keep_vars=True).items():
+                    source = self.names.get(tensor, name)
+                    sources[name] = source if source in gathered else tensor.detach()
+            yield Whole(gathered, sources)
 
     def whole_model(self) -> nn.Module:
         """Return the whole model as it is now, in every process, on the CPU and apart from the one that is trained.
@@ -105,7 +144,9 @@ class Stationing:
         forms = {
             name: tensor for name, tensor in self._assembly.module.state_dict().items() if name.startswith("model.")
         }
-        weights = give_to_all(self._chain, self.checkpoint(), forms)
+        with self.gathered() as gathered:
+            here = dict(gathered)
+        weights = give_to_all(self._chain, here, forms)
         with torch.random.fork_rng():
             whole = type(model)._from_config(model.config)
         whole.load_state_dict({name.removeprefix("model."): tensor for name, tensor in weights.items()})
@@ -132,11 +173,11 @@ class Stationing:
     def _receive(self) -> Any:
         message = self._chain.inbox.take()
         if message.facts != self._facts:
+            mine, theirs = described(self._facts, message.facts), described(message.facts, self._facts)
             raise BatchMismatchError(
-                f"Block {self._chain.block} has read {_told(self._facts)}, and block {self._chain.block - 1} sent "
-                f"what it made of {_told(message.facts)}. All processes of a chain must read the same batches in the "
-                "same order: seed whatever is random in data set, sampler and collator, and let none of it depend on "
-                "the rank."
+                f"Block {self._chain.block} has read {mine}, and block {self._chain.block - 1} sent what it made of "
+                f"{theirs}. All processes of a chain must read the same batches in the same order: seed whatever is "
+                "random in data set, sampler and collator, and let none of it depend on the rank."
             )
         return message.value
 
@@ -156,19 +197,3 @@ def _holders_of_frozen(
         for name, parameter in model.named_parameters()
         if not parameter.requires_grad and boundaries.cut.layer_of_path(name) is None and name in set().union(*needed)
     }
-
-
-def checksum(inputs: Mapping[str, Any]) -> list[Any]:
-    """Return the shape and a checksum of the labels and the mask of a batch."""
-    told: list[Any] = []
-    for name in ("labels", "attention_mask"):
-        tensor = inputs.get(name)
-        if isinstance(tensor, Tensor):
-            content = tensor.detach().cpu().contiguous().view(torch.uint8).numpy()
-            told.append([name, list(tensor.shape), zlib.crc32(content)])
-    return told
-
-
-def _told(facts: Mapping[str, Any]) -> str:
-    batch = ", ".join(f"{name} {shape} with checksum {number:08x}" for name, shape, number in facts["batch"])
-    return f"at {' '.join(map(str, facts['where']))} a batch of {batch or 'no labels'}"

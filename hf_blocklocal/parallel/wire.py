@@ -28,6 +28,15 @@ class TensorForm:
         """Describe a tensor."""
         return cls(str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape))
 
+    @property
+    def itemsize(self) -> int:
+        """Bytes of one number."""
+        return getattr(torch, self.dtype).itemsize
+
+    def of_one(self) -> TensorForm:
+        """Return the form of a single number of the same kind."""
+        return TensorForm(self.dtype, (1,))
+
     def empty(self, device: torch.device) -> Tensor:
         """Return a tensor of this form to receive into."""
         return torch.empty(self.shape, dtype=getattr(torch, self.dtype), device=device)
@@ -70,18 +79,24 @@ def _describe(value: Any, tensors: list[Tensor]) -> Any:
     if type(value) is dict and all(isinstance(key, str) for key in value):
         return ["dict", {key: _describe(item, tensors) for key, item in value.items()}]
     raise UnsupportedSettingError(
-        f"A layer hands on a {type(value).__name__}, which cannot be sent to another process: only tensors, plain "
-        "values, tuples, lists and dictionaries can. Train this model in one process: block_parallel_size=1."
+        f"A {type(value).__name__}, which a layer hands on or an optimizer keeps, cannot be sent to another process: "
+        "only tensors, plain values, tuples, lists and dictionaries can. Train this model in one process: "
+        "block_parallel_size=1."
     )
 
 
-def encoded(header: Mapping[str, Any], size: int) -> Tensor:
-    """Write a header as JSON into a tensor of bytes of a fixed size.
+def encoded(header: Mapping[str, Any], size: int | None = None) -> Tensor:
+    """Write a header as JSON into a tensor of bytes.
+
+    Args:
+        header: What to write.
+        size: Bytes of the tensor; as many as it takes by default.
 
     Raises:
         UnsupportedSettingError: If it does not fit.
     """
     text = json.dumps(header, separators=(",", ":")).encode()
+    size = len(text) if size is None else size
     if len(text) > size:
         raise UnsupportedSettingError(
             f"A layer hands on so many values that their description takes {len(text)} bytes, more than the {size} "
@@ -92,4 +107,4 @@ def encoded(header: Mapping[str, Any], size: int) -> Tensor:
 
 def decoded(header: Tensor) -> dict[str, Any]:
     """Read a header back."""
-    return json.loads(bytes(header.tolist()))
+    return json.loads(header.numpy().tobytes())

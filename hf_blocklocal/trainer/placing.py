@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import shutil
 from collections import ChainMap
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -18,12 +19,13 @@ from transformers.trainer_pt_utils import nested_detach
 
 from hf_blocklocal.blocks import EndOfBlock
 from hf_blocklocal.data_parallel import sum_over_processes
-from hf_blocklocal.errors import BlockPeerError
+from hf_blocklocal.errors import BlockLocalError, BlockPeerError
 from hf_blocklocal.parallel.chain import Chain, ReplicaMesh, form_chains
 from hf_blocklocal.parallel.gathering import gather_samples, gather_to_first, share_from_last, sum_over_blocks
 from hf_blocklocal.parallel.leaving import Leaving
 from hf_blocklocal.parallel.shards import OptimizerShard, plain_values_in, state_of, tensors_in
-from hf_blocklocal.parallel.stationing import Stationing
+from hf_blocklocal.parallel.stationing import Stationing, Whole
+from hf_blocklocal.probe import random_state_kept
 from hf_blocklocal.settings import (
     check_block_parallel,
     check_model_given,
@@ -54,6 +56,7 @@ class PlacesBlocks(Trainer):
         self._leaving = Leaving(self._chain, save=self.block_local.save_on_exit)
         self.accelerator.dataloader_config.dispatch_batches = False
         self.accelerator.state.device_mesh = ReplicaMesh(self._chain)
+        self.accelerator.pad_across_processes = partial(self._together, self.accelerator.pad_across_processes)
 
     def _move_model_to_device(self, model: nn.Module, device: torch.device) -> None:
         """Leave the model where it is until only this process's block is left of it."""
@@ -67,7 +70,14 @@ class PlacesBlocks(Trainer):
         if self._chain is not None:
             check_model_given(self.model_init is None)
             check_outputs_of_all_layers(self.model)
-            self._stationing = Stationing(self.assembly, self._chain, self._first_batch())
+            assembly = self.assembly
+            with random_state_kept():
+                batch = self._first_batch()
+            try:
+                self._stationing = Stationing(assembly, self._chain, batch)
+            except BlockLocalError as error:
+                self._chain.fail(error)
+                raise
             self._stationing.move_(self.args.device)
             self.accelerator.prepare_model(self.model, device_placement=False, evaluation_mode=True)
 
@@ -92,6 +102,15 @@ class PlacesBlocks(Trainer):
         """Copies of every block."""
         return self.args.world_size if self._chain is None else self._chain.num_replicas
 
+    def get_train_dataloader(self) -> Any:
+        """Let the workers of all processes of a chain draw the same."""
+        loader = super().get_train_dataloader()
+        inner = getattr(loader, "base_dataloader", loader)  # accelerate wraps the one that starts the workers
+        seeds = getattr(inner, "worker_init_fn", None)
+        if self._chain is not None and isinstance(seeds, partial) and "rank" in seeds.keywords:
+            inner.worker_init_fn = partial(seeds, rank=self._chain.replica)
+        return loader
+
     def get_tp_size(self) -> int:
         """Return how many processes read the same batch."""
         return super().get_tp_size() * (1 if self._chain is None or self._counting else self._chain.num_blocks)
@@ -102,8 +121,14 @@ class PlacesBlocks(Trainer):
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Tell the other processes why, if this one fails."""
-        with self._leaving or nullcontext(), self._session():
-            return super().train(*args, **kwargs)
+        with nullcontext() if self._leaving is None else self._leaving.in_run(), self._session():
+            return self._as_one_process_says(super().train(*args, **kwargs))
+
+    def _as_one_process_says(self, output: Any) -> Any:
+        """Return what a run has come to with the loss of the last block, as the logs have it."""
+        if self._chain is None or not hasattr(output, "_replace"):
+            return output
+        return output._replace(training_loss=output.metrics["train_loss"])
 
     @contextmanager
     def _session(self) -> Iterator[None]:
@@ -115,17 +140,35 @@ class PlacesBlocks(Trainer):
             yield
             return
         try:
-            with self._chain.session():
+            with self._leaving, self._chain.session():
                 yield
                 if self.assembly.copies is not None:
                     self.assembly.copies.fetch()
         except BaseException as error:
-            if "Connection" in str(error) and not isinstance(error, BlockPeerError):
-                self._chain.peers.look_for_missing()  # raises what is behind the broken connection
-            self._chain.fail(error)
-            if hasattr(error, "add_note"):
-                error.add_note(f"In {self._chain.name}, at step {self.state.global_step + 1}.")
+            behind = self._told_to_others(error)
+            if behind is not error:
+                raise behind from error
             raise
+
+    def _told_to_others(self, error: BaseException) -> BaseException:
+        """Return what is behind an error that ends this process, told to the others."""
+        try:
+            self._chain.explain(error)
+        except BlockPeerError as behind:
+            error = behind
+        self._chain.fail(error)
+        if hasattr(error, "add_note"):
+            error.add_note(f"In {self._chain.name}, at step {self.state.global_step + 1}.")
+        return error
+
+    def _together(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Run what processes do together, and return what it returns; a chain looks around while it waits."""
+        return function(*args, **kwargs) if self._chain is None else self._chain.together(function, *args, **kwargs)
+
+    def _meet(self) -> None:
+        """Wait until all processes of chains are here, so that the parent's collectives cannot wait for a lost one."""
+        if self._chain is not None:
+            self._chain.meet()
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Any:
         """Count over the copies of this block alone: the other processes of the chain have read the same."""
@@ -138,7 +181,7 @@ class PlacesBlocks(Trainer):
         finally:
             self.args.average_tokens_across_devices, self._counting = average, False
         if average and self._chain.num_replicas > 1 and isinstance(count, Tensor):
-            count = sum_over_processes(count, self._chain.replicas)
+            count = self._together(sum_over_processes, count, self._chain.replicas)
         return count
 
     def _teach_here(self, inputs: dict[str, Any], num_items_in_batch: Any) -> Tensor | None:
@@ -154,6 +197,11 @@ class PlacesBlocks(Trainer):
         with suppress(EndOfBlock), self.compute_loss_context_manager():
             self._forward(**inputs)
         return None
+
+    def store_flos(self) -> None:
+        """Wait for all before the parent adds up over them."""
+        self._meet()
+        super().store_flos()
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """Count the operations of a chain once: the parent counts those of the whole model, and adds up processes."""
@@ -189,6 +237,8 @@ class PlacesBlocks(Trainer):
         """Save and stop, if this process has been told to end."""
         if self._leaving is not None and self._leaving.due(self.state.global_step):
             self.control.should_save = self.control.should_training_stop = True
+        if self.control.should_log or self.control.should_save:
+            self._meet()
         super()._maybe_log_save_evaluate(*args, **kwargs)
 
     # ---- Evaluation ----
@@ -209,15 +259,24 @@ class PlacesBlocks(Trainer):
         return values if self._chain is None else sum_over_blocks(self._chain, values)
 
     def prediction_step(
-        self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, *args: Any, **kwargs: Any
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+        **kwargs: Any,
     ) -> Any:
         """Run the block that is here; every process of a chain gets what the last one has predicted."""
         if self._chain is None:
-            return super().prediction_step(model, inputs, prediction_loss_only, *args, **kwargs)
+            return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys, **kwargs)
         inputs = self._prepare_inputs(inputs)
         self._announce(inputs, "evaluation")
         if self._chain.is_last:
-            loss, logits, labels = super().prediction_step(model, inputs, prediction_loss_only, *args, **kwargs)
+            if ignore_keys is None:
+                config = getattr(self.model, "config", None)
+                ignore_keys = getattr(config, "keys_to_ignore_at_inference", ["past_key_values"])
+            ignored = [*ignore_keys, *self._stationing.unknown_outputs]
+            loss, logits, labels = super().prediction_step(model, inputs, prediction_loss_only, ignored, **kwargs)
             share_from_last(self._chain, (loss, logits), self.args.device)
             return loss, logits, labels
         with suppress(EndOfBlock), torch.no_grad(), self.compute_loss_context_manager():
@@ -246,9 +305,9 @@ class PlacesBlocks(Trainer):
 
     # ---- Checkpoints ----
 
-    def _whole_state(self) -> dict[str, Tensor] | None:
-        """Return all weights where checkpoints are written, if blocks are in several processes."""
-        return None if self._chain is None else self._stationing.checkpoint()
+    def _whole_state(self) -> AbstractContextManager[Whole | None]:
+        """Let all weights be asked for inside the `with` where checkpoints are written, if no process has them all."""
+        return nullcontext() if self._chain is None else self._stationing.gathered()
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         """Write what one process would have written."""

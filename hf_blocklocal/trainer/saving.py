@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from hf_blocklocal.anchor import Anchor
 from hf_blocklocal.checkpoint import load_heads_, save_heads
 from hf_blocklocal.copies import Copies
 from hf_blocklocal.hub import fetch
 from hf_blocklocal.parallel.gathering import gather_to_first
+from hf_blocklocal.parallel.stationing import Whole
 from hf_blocklocal.trainer.placing import PlacesBlocks
+from hf_blocklocal.trainer.streaming import ConvertedError, can_be_streamed, saved_one_by_one
+
+
+_MODEL = "model."
 
 
 class SavesBlocks(PlacesBlocks):
@@ -24,16 +30,30 @@ class SavesBlocks(PlacesBlocks):
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         """Write config and heads beside the ordinary checkpoint, whichever processes they are in."""
-        whole = self._whole_state()
-        if whole is not None:
-            state_dict = _part(whole, "model")
-        super()._save(output_dir, state_dict)
-        if self.args.should_save:
-            folder = output_dir if output_dir is not None else self.args.output_dir
-            (self.block_local if self._assembly is None else self._assembly.config).save_pretrained(folder)
-            if self._assembly is not None:
-                heads = self._assembly.heads.state_dict() if whole is None else _part(whole, "heads")
-                save_heads(folder, heads=heads, cut=self._assembly.cut)
+        with self._whole_state() as whole:
+            writes = self.args.should_save if whole is None else self._chain.writes
+            if whole is None:
+                super()._save(output_dir, state_dict)
+            elif writes:
+                self._save_whole(output_dir, whole)
+            if writes:
+                folder = output_dir if output_dir is not None else self.args.output_dir
+                (self.block_local if self._assembly is None else self._assembly.config).save_pretrained(folder)
+                if self._assembly is not None:
+                    heads = self._assembly.heads.state_dict()
+                    if whole is not None:
+                        heads = {name: whole[f"heads.{name}"] for name in heads}
+                    save_heads(folder, heads=heads, cut=self._assembly.cut)
+        self._meet()
+
+    def _save_whole(self, output_dir: str | None, whole: Whole) -> None:
+        """Write a model whose weights are in several processes, one weight at a time if its format allows."""
+        names = [name.removeprefix(_MODEL) for name in whole if name.startswith(_MODEL)]
+        if can_be_streamed(self.model):
+            forms = {name: whole.form(_MODEL + name) for name in names}
+            with suppress(ConvertedError), saved_one_by_one(forms, lambda name: whole[_MODEL + name]) as placeholders:
+                return super()._save(output_dir, placeholders)
+        return super()._save(output_dir, {name: whole[_MODEL + name] for name in names})
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         """Write anchor and copies beside the optimizer, for a run that goes on from here."""
@@ -71,9 +91,3 @@ class SavesBlocks(PlacesBlocks):
         """Load the heads that belong to the best model."""
         super()._load_best_model()
         self.load_heads(self.state.best_model_checkpoint)
-
-
-def _part(state_dict: dict[str, Tensor], part: str) -> dict[str, Tensor]:
-    """Return the tensors of one part of a taught model, under their names in it."""
-    start = f"{part}."
-    return {name.removeprefix(start): tensor for name, tensor in state_dict.items() if name.startswith(start)}

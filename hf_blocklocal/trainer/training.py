@@ -70,7 +70,7 @@ class BlockLocalMixin(EvaluatesBlocks, SavesBlocks, PushesRuns, PlacesBlocks, Wr
     def _forget_run(self) -> None:
         """Start without anything that an earlier, perhaps interrupted, run has left behind."""
         alone = self._chain is not None
-        self._updates = BlockUpdates(self._replicas, self._chain.replicas if alone else None)
+        self._updates = BlockUpdates(self._replicas, self._chain.replicas if alone else None, self._together)
         self._meter = BlockLossMeter(self._chain.block if alone else None)
         self._micro_batch = 0
         self._told = 0.0
@@ -157,7 +157,7 @@ class BlockLocalMixin(EvaluatesBlocks, SavesBlocks, PushesRuns, PlacesBlocks, Wr
             )
         if self._replicas > 1:
             here = [tensor for tensor in [*module.parameters(), *module.buffers()] if not tensor.is_meta]
-            broadcast_from_first(here, self._updates.group)
+            self._together(broadcast_from_first, here, self._updates.group)
         if self.anchor is not None:
             self.anchor.attach(self._inner_optimizer)
         return module
@@ -282,7 +282,8 @@ class BlockLocalMixin(EvaluatesBlocks, SavesBlocks, PushesRuns, PlacesBlocks, Wr
         """Add the loss of every block to the training logs."""
         if self.assembly.last > 0 and ("loss" in logs or self._ends_run_of_chain(logs)):
             steps, last = self._meter.steps, f"block_{self.assembly.last}/loss"
-            said = self._meter.pop(self.assembly.cut.num_blocks, self.args.device, self.args.world_size)
+            blocks, processes = self.assembly.cut.num_blocks, self.args.world_size
+            said = self._together(self._meter.pop, blocks, self.args.device, processes)
             self._told += steps * said[last]
             logs |= (said | self._of_all_blocks(logs, said[last])) if "loss" in logs else self._of_run()
         super().log(logs, *args, **kwargs)

@@ -4,8 +4,9 @@ Usage: block_parallel.py OUTPUT_DIR CASES
 
 CASES is JSON: for each case by name its `specimen`, `batch_size` per device, fields of `BlockLocalConfig` in `config`,
 of `TrainingArguments` in `args`, and, as needed, `lora`, `dropout`, `resume` (a checkpoint), `odd` (a rank that reads
-other batches), `raises`, `killed` and `stopped` (rank and step), `generates` (a prompt), `frozen` (a part of the
-model), `normalised` (whether its classifier starts with a batch norm), `runs` (how often to train).
+other batches), `raises`, `killed` and `stopped` (rank and step, or batch of an evaluation if `evaluating`),
+`generates` (a prompt), `frozen` (a part of the model), `normalised` (whether its classifier starts with a batch norm),
+`noisy` (whether inputs are changed at random as they are read), `runs` (how often to train).
 """
 
 from __future__ import annotations
@@ -22,11 +23,13 @@ from transformers import TrainerCallback, TrainingArguments
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from zoo import SPECIMENS
+from menagerie import MENAGERIE
+from zoo import SPECIMENS as ZOO
 
 from hf_blocklocal import BlockLocalConfig, BlockLocalTrainer
 
 
+SPECIMENS = {**MENAGERIE, **ZOO}
 ARGUMENTS = {
     "max_steps": 6,
     "logging_steps": 2,
@@ -42,14 +45,21 @@ ARGUMENTS = {
 
 
 class Mishap(TrainerCallback):
-    """Something that happens to this process in the middle of a step."""
+    """Something that happens to this process in the middle of a step, or of an evaluation."""
 
-    def __init__(self, step, act):
-        self.step, self.act = step, act
+    def __init__(self, step, act, *, evaluating=False):
+        self.step, self.act, self.evaluating = step, act, evaluating
+        self.batches = 0
+
+    def on_prediction_step(self, args, state, control, **kwargs):
+        """Let it happen once the batch has come."""
+        self.batches += 1
+        if self.evaluating and self.batches == self.step:
+            self.act()
 
     def on_pre_optimizer_step(self, args, state, control, **kwargs):
         """Let it happen once the step has come."""
-        if state.global_step + 1 == self.step:
+        if not self.evaluating and state.global_step + 1 == self.step:
             self.act()
 
 
@@ -91,6 +101,22 @@ MISHAPS = {
 }
 
 
+class Noisy(torch.utils.data.Dataset):
+    """Rows whose images are never the same, as augmentation makes them."""
+
+    def __init__(self, rows):
+        self.rows = rows
+
+    def __len__(self):
+        """Return how many there are."""
+        return len(self.rows)
+
+    def __getitem__(self, index):
+        """Return one of them."""
+        row = self.rows[index]
+        return {**row, "pixel_values": row["pixel_values"] + torch.randn_like(row["pixel_values"])}
+
+
 def rows_of(specimen, seeds):
     """Return single samples."""
     return [{key: value[i] for key, value in specimen.batch(seed).items()} for seed in seeds for i in range(4)]
@@ -123,10 +149,11 @@ def run(folder, case):
     model = build(case)
     rows = rows_of(specimen, range(9, 17) if case.get("odd") == args.process_index else range(8))
     config = BlockLocalConfig(**case["config"])
-    trainer = BlockLocalTrainer(model, args, train_dataset=rows, eval_dataset=rows[:11], block_local=config)
+    read = Noisy(rows) if case.get("noisy") else rows
+    trainer = BlockLocalTrainer(model, args, train_dataset=read, eval_dataset=rows[:11], block_local=config)
     for name, act in MISHAPS.items():
         if name in case and case[name][0] == args.process_index:
-            trainer.add_callback(Mishap(case[name][1], act))
+            trainer.add_callback(Mishap(case[name][1], act, evaluating=case.get("evaluating", False)))
     counter = Collectives() if case.get("counted") else None
     if counter is not None:
         trainer.add_callback(counter)
@@ -135,7 +162,7 @@ def run(folder, case):
         sign = signal.SIGINT if args.process_index == 0 else signal.SIGTERM
         trainer.add_callback(Mishap(case["told_to_end"], lambda: os.kill(os.getpid(), sign)))
     for _ in range(case.get("runs", 1)):
-        trainer.train(resume_from_checkpoint=case.get("resume"))
+        outcome = trainer.train(resume_from_checkpoint=case.get("resume"))
     if trainer.state.global_step < trainer.state.max_steps:
         return  # it has been told to end
     predicted = trainer.predict(rows[:11], metric_key_prefix="test")
@@ -149,6 +176,8 @@ def run(folder, case):
     log = {
         "metrics": {**trainer.evaluate(), **predicted.metrics},
         "predictions": torch.as_tensor(predictions).flatten().tolist()[:64],
+        "training_loss": outcome.training_loss,
+        "parts": len(predicted.predictions) if isinstance(predicted.predictions, tuple) else 1,
         "history": trainer.state.log_history,
         "generated": generated,
         "collectives": counter.per_step if counter is not None else [],
