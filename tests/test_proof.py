@@ -35,6 +35,11 @@ def test_blocks_that_know_of_others_by_messages_alone_pass(name):
     checked(specimen.build(), specimen.batch(0), *range(4), num_blocks=4)
 
 
+def test_a_model_that_moves_tokens_to_where_its_embedding_is_passes():
+    specimen = MENAGERIE["llama4_text"]
+    checked(specimen.build(), specimen.batch(0), *range(4), num_blocks=4)
+
+
 def test_the_check_leaves_the_model_as_it_was(borrow):
     model, batch = borrow("gpt2").train(), SPECIMENS["gpt2"].batch(0)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}

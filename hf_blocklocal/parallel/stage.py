@@ -71,7 +71,7 @@ class Stage:
         """Let something stand in, inside the `with`, for the layers below the block."""
         with ExitStack() as stack:
             for table in self._embeddings:
-                stack.enter_context(replaced_forward(table, _nothing(table.weight.shape[-1], table.weight.dtype)))
+                stack.enter_context(replaced_forward(table, self._nothing(table.weight.shape[-1], table.weight.dtype)))
             for index in range(self._span.start):
                 forward = self._arrival if index == self._span.start - 1 else _hands_on(self._forms[index])
                 stack.enter_context(replaced_forward(self._layers[index], self._unless_suspended(index, forward)))
@@ -93,6 +93,16 @@ class Stage:
         output, sides = self._receive()
         self._given = {name: value for name, value in sides if name in self._needed}
         return output
+
+    def _nothing(self, width: int, dtype: torch.dtype) -> Callable[..., Tensor]:
+        """Return a forward that gives every token the same."""
+        here = next((p.device for layer in self._layers for p in layer.parameters() if not p.is_meta), None)
+
+        def forward(ids: Tensor, *_args: Any, **_kwargs: Any) -> Tensor:
+            # Models that move ids to where the weight is have moved them to nowhere.
+            return torch.zeros(*ids.shape, width, dtype=dtype, device=here if ids.is_meta else ids.device)
+
+        return forward
 
     def _note_for_above(self, _layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self._boundaries.is_suspended:
@@ -118,13 +128,6 @@ def _hands_on(form: int) -> Callable[..., Any]:
     def forward(*args: Any, **kwargs: Any) -> Any:
         hidden = given_hidden(args, kwargs)
         return hidden if form == 0 else (hidden, *[None] * (form - 1))
-
-    return forward
-
-
-def _nothing(width: int, dtype: torch.dtype) -> Callable[..., Tensor]:
-    def forward(ids: Tensor, *_args: Any, **_kwargs: Any) -> Tensor:
-        return torch.zeros(*ids.shape, width, dtype=dtype, device=ids.device)
 
     return forward
 

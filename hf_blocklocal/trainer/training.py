@@ -280,7 +280,7 @@ class BlockLocalMixin(EvaluatesBlocks, SavesBlocks, PushesRuns, PlacesBlocks, Wr
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Add the loss of every block to the training logs."""
-        if self.assembly.last > 0 and ("loss" in logs or self._ends_run_of_chain(logs)):
+        if self.assembly.last > 0 and ("loss" in logs or self._ends_run_apart(logs)):
             steps, last = self._meter.steps, f"block_{self.assembly.last}/loss"
             blocks, processes = self.assembly.cut.num_blocks, self.args.world_size
             said = self._together(self._meter.pop, blocks, self.args.device, processes)

@@ -1,0 +1,63 @@
+"""How the trainer writes the checkpoint of one process, and reads it, with a block per process."""
+
+from __future__ import annotations
+
+import shutil
+from collections import ChainMap
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
+from transformers.trainer import OPTIMIZER_NAME
+
+from hf_blocklocal.parallel.gathering import gather_to_first
+from hf_blocklocal.parallel.shards import plain_values_in, state_of, tensors_in
+from hf_blocklocal.parallel.stationing import Whole
+from hf_blocklocal.trainer.stationed import TakesStation
+
+
+class KeepsApart(TakesStation):
+    """Brings together what belongs into a checkpoint."""
+
+    def _whole_state(self) -> AbstractContextManager[Whole | None]:
+        """Let all weights be asked for inside the `with` where checkpoints are written, if no process has them all."""
+        return nullcontext() if self._chain is None else self._stationing.gathered()
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        """Write what one process would have written."""
+        super()._save_optimizer_and_scheduler(output_dir)
+        if self._chain is not None:
+            state = self._shard.state_by_name()
+            tensors, plain = gather_to_first(self._chain, tensors_in(state), plain_values_in(state))
+            if self._chain.writes:
+                whole = self._shard.whole(state_of(tensors, ChainMap(*plain)))
+                torch.save(whole, Path(output_dir) / OPTIMIZER_NAME)
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        """Write the random state of every chain once, as data-parallel processes would."""
+        if self._chain is None:
+            super()._save_rng_state(output_dir)
+        elif self._chain.block == 0:
+            Path(output_dir).mkdir(parents=True, exist_ok=True)  # another chain may be here before the one that writes
+            with TemporaryDirectory() as folder:
+                super()._save_rng_state(folder)
+                shutil.move(Path(folder) / self._random_state_file, Path(output_dir) / self._random_state_of_replica)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        """Read the random state of this chain, whoever wrote it."""
+        names = [] if self._chain is None or checkpoint is None else [self._random_state_of_replica, "rng_state.pth"]
+        found = [Path(checkpoint) / name for name in names if (Path(checkpoint) / name).is_file()]
+        if not found:
+            return super()._load_rng_state(checkpoint)
+        with TemporaryDirectory() as folder:
+            shutil.copy(found[0], Path(folder) / self._random_state_file)
+            return super()._load_rng_state(folder)
+
+    @property
+    def _random_state_file(self) -> str:
+        return f"rng_state_{self.args.process_index}.pth"
+
+    @property
+    def _random_state_of_replica(self) -> str:
+        return f"rng_state_{self._chain.replica}.pth" if self._chain.num_replicas > 1 else "rng_state.pth"
