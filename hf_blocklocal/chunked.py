@@ -26,7 +26,9 @@ from hf_blocklocal.trace import evaluation_mode
 
 # By the type of loss that a model names: whether position i predicts label i + 1.
 _SHIFTS = {"ForCausalLM": True, "ForMaskedLM": False}
-_SAME = 1e-4
+# Logits are this much larger when the two losses are compared, so that a cap behind the head shows with weights at
+# random too, whose logits do not reach it. A power of two, which rounds nothing.
+_MAGNIFIED = 64.0
 
 
 class ChunkedLoss:
@@ -115,11 +117,11 @@ class ChunkedLoss:
             return own_loss(head(hidden), vocab_size=vocab_size, **given, **kwargs)
 
         chunks = zip(hidden_ND.split(self._tokens), labels_N.split(self._tokens), strict=True)
-        options = {"use_reentrant": False, "preserve_rng_state": False}
-        return torch.stack([checkpoint(loss_of, *chunk, **options) for chunk in chunks]).sum()
+        # The head may have dropout, such as that of an adapter: the second time it draws what it drew the first time.
+        return torch.stack([checkpoint(loss_of, *chunk, use_reentrant=False) for chunk in chunks]).sum()
 
     def check(self, inputs: Mapping[str, Any]) -> None:
-        """Run the model both ways.
+        """Run the model both ways, with every label counting and with logits magnified.
 
         Args:
             inputs: A small batch with labels.
@@ -127,7 +129,10 @@ class ChunkedLoss:
         Raises:
             UnsupportedSettingError: If the loss is not the same.
         """
-        with torch.no_grad(), evaluation_mode(self._model):
+        own_head = self._head.forward
+        magnified = replaced_forward(self._head, lambda hidden: _MAGNIFIED * own_head(hidden))
+        inputs = {**inputs, "labels": inputs["labels"].clamp(min=0)}
+        with torch.no_grad(), evaluation_mode(self._model), magnified:
             own = self._model(**inputs).loss
             self._calls = 0
             try:
@@ -137,9 +142,11 @@ class ChunkedLoss:
                 raise UnsupportedSettingError(self._refusal("cannot be computed so")) from error
         if self._calls != 1:
             raise UnsupportedSettingError(self._refusal("is computed in the model itself, not by its loss_function"))
-        if not torch.allclose(chunked.float(), own.float(), rtol=_SAME if own.dtype == torch.float32 else 1e-2):
+        # In lower precision, a product of other shape rounds otherwise.
+        exact = all(parameter.dtype == torch.float32 for parameter in self._head.parameters())
+        if not torch.allclose(chunked.float(), own.float(), rtol=1e-4 if exact else 1e-2):
             raise UnsupportedSettingError(
-                self._refusal(f"would be {chunked:.6g} in place of {own:.6g}: logits are changed behind the head")
+                self._refusal("is made of logits that are changed behind the head, and would be another one")
             )
 
     def _refusal(self, reason: str) -> str:

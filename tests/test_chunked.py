@@ -125,12 +125,45 @@ def test_a_model_with_another_loss_is_refused(name, message, borrow):
         assemble(borrow(name), BlockLocalConfig(num_blocks=2, chunked_loss=4), SPECIMENS[name].batch(0))
 
 
-def test_a_model_that_changes_its_logits_is_refused():
+@pytest.mark.parametrize("cap", [0.5, 30.0], ids=["near", "beyond all logits of weights at random"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_model_that_changes_its_logits_is_refused(cap, dtype):
     options = {key: value for key, value in LLAMA.items() if key != "rope_theta"}
-    model = build_tiny("gemma2", AutoModelForCausalLM, options | {"head_dim": 4, "final_logit_softcapping": 0.5})
-    with pytest.raises(UnsupportedSettingError, match=r"in place of .*: logits are changed behind the head"):
-        assemble(model, BlockLocalConfig(num_blocks=2, chunked_loss=4), SPECIMENS["llama"].batch(0))
-    assert "_loss_function" not in vars(model)
+    model = build_tiny("gemma2", AutoModelForCausalLM, options | {"head_dim": 4, "final_logit_softcapping": cap})
+    with pytest.raises(UnsupportedSettingError, match="made of logits that are changed behind the head"):
+        assemble(model.to(dtype), BlockLocalConfig(num_blocks=2, chunked_loss=4), SPECIMENS["llama"].batch(0))
+    assert not {"_loss_function", "forward"} & {*vars(model), *vars(model.lm_head)}
+
+
+def test_weights_in_low_precision_are_accepted(borrow):
+    config = BlockLocalConfig(num_blocks=2, chunked_loss=4)
+    assemble(borrow("llama").to(torch.bfloat16), config, SPECIMENS["llama"].batch(0))
+
+
+def test_a_first_batch_without_a_label_that_counts_is_accepted(borrow):
+    batch = SPECIMENS["llama"].batch(0)
+    batch["labels"] = torch.full_like(batch["labels"], -100)
+    assert assemble(borrow("llama"), BlockLocalConfig(num_blocks=2, chunked_loss=4), batch).step.chunked is not None
+
+
+class DroppingHead(torch.nn.Linear):
+    """A language-model head with dropout, as an adapter on it has."""
+
+    def forward(self, hidden):
+        return super().forward(torch.nn.functional.dropout(hidden, 0.5, self.training))
+
+
+def test_dropout_of_the_head_is_the_same_in_the_backward_pass(borrow):
+    batch, results = SPECIMENS["llama"].batch(0), []
+    for chunked in (None, 1000):
+        model = borrow("llama").train()
+        model.lm_head.__class__ = DroppingHead
+        torch.manual_seed(0)
+        results.append(stepped(model, batch, num_blocks=2, head_layers=0, chunked_loss=chunked))
+    (losses, gradients, _), (chunked_losses, chunked_gradients, _) = results
+    torch.testing.assert_close(chunked_losses, losses, rtol=1e-5, atol=1e-6)
+    for key, gradient in gradients.items():
+        torch.testing.assert_close(chunked_gradients[key], gradient, rtol=1e-3, atol=1e-6, msg=key)
 
 
 @pytest.mark.parametrize("tokens", [0, True, 2.5])
