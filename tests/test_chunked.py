@@ -7,7 +7,7 @@ from __future__ import annotations
 import pytest
 import torch
 from test_trainer import make
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
 from zoo import LLAMA, SPECIMENS, build_tiny
 
 from hf_blocklocal import BlockLocalConfig, assemble
@@ -33,6 +33,14 @@ def stepped(model, batch, items=None, **values):
     return [*report.losses, output.loss.detach()], gradients, output
 
 
+def assert_same(plain, chunked):
+    (losses, gradients, _), (chunked_losses, chunked_gradients, _) = plain, chunked
+    torch.testing.assert_close(chunked_losses, losses, rtol=1e-5, atol=1e-6)
+    assert gradients.keys() == chunked_gradients.keys()
+    for key, gradient in gradients.items():
+        torch.testing.assert_close(chunked_gradients[key], gradient, rtol=1e-3, atol=1e-6, msg=key)
+
+
 @pytest.mark.parametrize("values", [{}, {"head_layers": 0}, {"negatives": None}], ids=["default", "own", "whole"])
 @pytest.mark.parametrize("tokens", [1, 5, 1000])
 @pytest.mark.parametrize("name", LANGUAGE_MODELS)
@@ -40,11 +48,16 @@ def test_losses_and_gradients_are_the_same(name, tokens, values, borrow):
     batch, results = SPECIMENS[name].batch(0), []
     for chunked in ({}, {"chunked_loss": tokens}):
         results.append(stepped(borrow(name), batch, num_blocks=2, **values, **chunked))
-    (losses, gradients, _), (chunked_losses, chunked_gradients, _) = results
-    torch.testing.assert_close(chunked_losses, losses, rtol=1e-5, atol=1e-6)
-    assert gradients.keys() == chunked_gradients.keys()
-    for key, gradient in gradients.items():
-        torch.testing.assert_close(chunked_gradients[key], gradient, rtol=1e-3, atol=1e-6, msg=key)
+    assert_same(*results)
+
+
+def test_hidden_tokens_are_predicted_at_their_places():
+    """EuroBERT's loss, unlike BERT's, is its `loss_function`."""
+    batch, results = SPECIMENS["bert_mlm"].batch(0), []
+    for chunked in (None, 5):
+        model = build_tiny("eurobert", AutoModelForMaskedLM, LLAMA)
+        results.append(stepped(model, batch, num_blocks=2, chunked_loss=chunked))
+    assert_same(*results)
 
 
 @pytest.mark.parametrize("items", [7, torch.tensor(7)], ids=["a number", "a tensor"])
@@ -160,10 +173,7 @@ def test_dropout_of_the_head_is_the_same_in_the_backward_pass(borrow):
         model.lm_head.__class__ = DroppingHead
         torch.manual_seed(0)
         results.append(stepped(model, batch, num_blocks=2, head_layers=0, chunked_loss=chunked))
-    (losses, gradients, _), (chunked_losses, chunked_gradients, _) = results
-    torch.testing.assert_close(chunked_losses, losses, rtol=1e-5, atol=1e-6)
-    for key, gradient in gradients.items():
-        torch.testing.assert_close(chunked_gradients[key], gradient, rtol=1e-3, atol=1e-6, msg=key)
+    assert_same(*results)
 
 
 @pytest.mark.parametrize("tokens", [0, True, 2.5])
