@@ -1,4 +1,4 @@
-# make quickstart   fine-tune a real model block by block, beside plain backpropagation (about 3 minutes on 2 cores)
+# make quickstart   fine-tune a real model block by block, beside plain backpropagation (about 4 minutes on 2 cores)
 # make test         run the tests
 # make lint         check style
 

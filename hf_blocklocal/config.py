@@ -29,7 +29,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "kappel2023": {"feedback": "prototype", "loss": "kappel2023", "denoising": 1.0},
     # Belilovsky et al. (2020), arXiv 1901.08164: a classifier with a hidden layer on the output of each block.
     "dgl": {"feedback": "label", "loss": "agreement", "readout": "mlp"},
-    # Gomez et al. (2020), arXiv 2010.04116: the same, and the loss of a block teaches the block below it too.
+    # Gomez et al. (2020), arXiv 2010.04116: linear classifiers, and the loss of a block teaches the one below it too.
     "interlocking": {"overlap": 1, "feedback": "label", "loss": "agreement"},
     # One block: exactly the plain Trainer.
     "backprop": {"num_blocks": 1},
@@ -83,14 +83,17 @@ class BlockLocalConfig:
     )
     feedback: Literal["auto", "direct", "chained", "label", "prototype"] = _help(
         "auto",
-        "Network that carries the target to a block: learned and linear, the same but from the message of the block "
-        "above, the target itself, or class prototypes.",
+        "Network that carries the target to a block. direct: learned and linear; chained: the same, but from the "
+        "message of the block above; label: the target itself; prototype: class prototypes. auto: label where heads "
+        "borrow layers and for targets that are no classes or tokens, else direct.",
     )
     loss: Literal["auto", "contrast", "agreement", "kappel2023"] = _help(
         "auto", "Loss where a block's message and the target's message meet. Each feedback network has its own."
     )
     family: Literal["auto", "gaussian", "bernoulli", "categorical", "vmf"] = _help(
-        "auto", "Exponential family of the messages."
+        "auto",
+        "Exponential family of the messages. auto: that of the target where the message is the target itself, else "
+        "gaussian.",
     )
     latent_dim: int = _help(128, "Units of the latent between a block and a learned feedback network.")
     readout: Literal["linear", "mlp"] = _help(
@@ -111,7 +114,8 @@ class BlockLocalConfig:
     )
     head_refresh_steps: int = _help(
         1,
-        "Steps from one copy of the borrowed layers to the next. 1 is live layers, 0 those that training began with.",
+        "Steps from one copy of the borrowed layers to the next. 1 is live layers, 0 those that training began with. "
+        "In several processes, where no field asks for other copies: 10, with a lag of 1 + (K - 1) // 3.",
     )
     head_refresh_lag: int = _help(
         0, "Steps that a copy of the borrowed layers is old when it is taken into use, so that no block has to wait."

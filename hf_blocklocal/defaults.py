@@ -31,8 +31,8 @@ REFRESH_STEPS = 10
 def default_head_layers(num_blocks: int) -> int:
     """Return how many layers heads borrow by default: one where the model is cut in two, else two.
 
-    In the learning benchmark (docs/learning.md), one layer in two blocks came within 1 % of backpropagation's
-    perplexity and above its accuracy on images, and two layers in four blocks within 3.3 %.
+    In the learning benchmark (docs/learning.md), one layer in two blocks came within 1.1 % of
+    backpropagation's perplexity and above its accuracy on images, and two layers in four blocks within 3.4 %.
     """
     return min(num_blocks - 1, 2)
 

@@ -136,7 +136,12 @@ def learning_summary(report: dict[str, Any]) -> list[str]:
     from learning_report import headline
 
     seeds = len(report["seeds"])
-    return [f"Means of {seeds} seeds (`{report['command']}`), every learning rate tuned.", "", *headline(report)]
+    return [
+        f"Means of {seeds} seeds (`{report['command']}`), every learning rate tuned. K is the number of blocks;",
+        "*freeze lower* is the plain `Trainer` on the last of them and the task head alone.",
+        "",
+        *headline(report),
+    ]
 
 
 def models(report: dict[str, Any]) -> list[str]:

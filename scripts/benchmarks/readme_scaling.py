@@ -38,7 +38,8 @@ def pipelining(report: dict[str, Any], place: str) -> list[str]:
     settings, rows = report["settings"], report["rows"]
     link = 8 * settings["megabytes"] * 2**20 / settings["gigabits"] / 1e6
     lines = [
-        f"**Measured on emulated devices**: median utilisation of {settings['rounds']} rounds. A process per rank,",
+        "**Measured on emulated devices**: utilisation, the share of time in which the ranks compute the model's own",
+        f"passes, of K ranks with m micro-batches a batch; median of {settings['rounds']} rounds. A process per rank,",
         f"messages of {settings['megabytes']:g} MB over gloo, passes of {settings['seconds'] * 1e3:g} ms slept, a",
         f"block-local head of {settings['head']:.0%} of its block, an optimizer step per batch;",
         f"{place.replace(', one run', '')}.",
@@ -72,7 +73,8 @@ def loading(report: dict[str, Any], place: str) -> list[str]:
     moments = ("loaded", "set up", "one step")
     lines = [
         "**Loading.** Main memory that a process alone owns, as a share of the weights of a Llama of",
-        f"{size['layers']} layers and {weights / 2**20:.0f} MiB; {place}.",
+        f"{size['layers']} layers and {weights / 2**20:.0f} MiB, with heads of their own and SGD; pages of the",
+        f"file that processes share are not counted; {place}.",
         "",
         f"| processes | block | {' | '.join(moments)} |",
         f"|---|---|{'---|' * len(moments)}",
@@ -92,7 +94,8 @@ def scale(report: dict[str, Any], place: str) -> list[str]:
     settings = report["settings"]
     lines = [
         f"**Simulated** by `{report['command']}`: time of the model's own passes as a share of the ranks'",
-        "time. Forward pass, input gradient and weight gradient take equally long, an optimizer step takes",
+        "time, with K ranks and m micro-batches per optimizer step.",
+        "Forward pass, input gradient and weight gradient take equally long, an optimizer step takes",
         f"{settings['optimizer']} of a forward pass, and a block-local head costs {settings['head']:.0%} of its",
         "block. The best is bold. GPipe is as 1F1B here; an interleaved schedule needs a multiple of K micro-batches,",
         "ZB-H1 at least K.",
@@ -105,11 +108,12 @@ def scale(report: dict[str, Any], place: str) -> list[str]:
         "",
         *_efficiencies([row for row in report["links"] if row["K"] < 64], ("link",)),
         "",
-        "Eight ranks whose pace varies (standard deviation of the logarithm), by messages that may wait between two:",
+        "Eight ranks whose pace varies (standard deviation of the logarithm), by messages that may wait between two,",
+        "heads and optimizer left out:",
         "",
         *_table(report["jitter"]),
         "",
-        "A collective of all ranks, such as a global gradient norm, puts the bubble back:",
+        "A collective of all ranks, such as a global gradient norm, puts the bubble back (heads, optimizer left out):",
         "",
         *_table(report["barriers"]),
     ]
