@@ -26,11 +26,16 @@ ANCHOR_NAME = "block_local_anchor.safetensors"
 class Anchor:
     """The starting weights of some parameters, and the pull back to them.
 
+    Attributes:
+        file_name: Where they are kept in a checkpoint.
+
     Args:
         parameters: The parameters to pull, by name, where they start.
         strength: Factor of the pull beside the learning rate.
         alone: Whether these are the parameters of one block, and those of the others are elsewhere.
     """
+
+    file_name = ANCHOR_NAME
 
     def __init__(self, parameters: Mapping[str, nn.Parameter], strength: float, *, alone: bool = False) -> None:
         self.strength = strength
@@ -72,14 +77,9 @@ class Anchor:
         """Return the starting weights by name."""
         return {name: tensor.contiguous() for name, tensor in self._start.items()}
 
-    def save(self, save_directory: str | os.PathLike[str], state: dict[str, Tensor] | None = None) -> None:
-        """Write `block_local_anchor.safetensors` into a folder.
-
-        Args:
-            save_directory: The folder.
-            state: The state of all blocks together, where they are in several processes.
-        """
-        save_file(self.state() if state is None else state, Path(save_directory) / ANCHOR_NAME)
+    def save(self, save_directory: str | os.PathLike[str]) -> None:
+        """Write `block_local_anchor.safetensors` into a folder."""
+        save_file(self.state(), Path(save_directory) / self.file_name)
 
     def load_(self, save_directory: str | os.PathLike[str]) -> None:
         """Read the starting weights of an earlier run from its checkpoint.
@@ -87,7 +87,7 @@ class Anchor:
         Raises:
             AnchorMismatchError: If the file is missing or belongs to other parameters. Nothing has been loaded then.
         """
-        path = Path(save_directory) / ANCHOR_NAME
+        path = Path(save_directory) / self.file_name
         if not path.is_file():
             raise AnchorMismatchError(
                 f"{save_directory} holds no {ANCHOR_NAME}: that run had no anchor, or save_only_model=True, so it is "

@@ -44,6 +44,7 @@ class Copies:
     model's own, and so do weights that are frozen when the copies are made.
 
     Attributes:
+        file_name: Where the copies are kept in a checkpoint.
         live: What is copied, by name, as it is in the model.
         lent: For each block but the last, the names of what its head borrows of that.
         beside: For each of the running statistics, the name of a parameter of its module.
@@ -55,6 +56,8 @@ class Copies:
         lag: Steps that a copy is old when it is taken into use.
         decay: Share of the old copy that stays.
     """
+
+    file_name = COPIES_NAME
 
     def __init__(
         self, model: nn.Module, lent: Sequence[set[str]], *, every: int, lag: int = 0, decay: float = 0.0
@@ -174,14 +177,9 @@ class Copies:
             tensors |= {f"waiting/{step}/{name}": weight.contiguous() for name, weight in weights.items()}
         return tensors | {"schedule": torch.tensor([self._step, self.every, self.lag])}
 
-    def save(self, save_directory: str | os.PathLike[str], state: dict[str, Tensor] | None = None) -> None:
-        """Write `block_local_copies.safetensors` into a folder.
-
-        Args:
-            save_directory: The folder.
-            state: The state of all blocks together, where they are in several processes.
-        """
-        save_file(self.state() if state is None else state, Path(save_directory) / COPIES_NAME)
+    def save(self, save_directory: str | os.PathLike[str]) -> None:
+        """Write `block_local_copies.safetensors` into a folder."""
+        save_file(self.state(), Path(save_directory) / self.file_name)
 
     def load_(self, save_directory: str | os.PathLike[str]) -> None:
         """Read the copies of an earlier run from its checkpoint.
@@ -190,7 +188,7 @@ class Copies:
             CopiesMismatchError: If the file is missing, holds other weights, or was made at other steps. Nothing has
                 been loaded then.
         """
-        path = Path(save_directory) / COPIES_NAME
+        path = Path(save_directory) / self.file_name
         if not path.is_file():
             raise CopiesMismatchError(
                 f"{save_directory} holds no {COPIES_NAME}: heads of that run borrowed no copies, or it was saved with "

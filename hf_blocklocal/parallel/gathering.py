@@ -80,21 +80,6 @@ def gathered_at_first(chain: Chain, tensors: Mapping[str, Tensor], facts: Any = 
             chain.together(dist.send, torch.tensor([_ENOUGH]), rank, group=chain.control)
 
 
-def gather_to_first(chain: Chain, tensors: Mapping[str, Tensor], facts: Any = None) -> tuple[dict[str, Tensor], list]:
-    """Collect named tensors from all blocks at the process that writes checkpoints.
-
-    Args:
-        chain: As of `gathered_at_first`.
-        tensors: The same.
-        facts: The same.
-
-    Returns:
-        At rank 0 the tensors of all blocks, on the CPU, and what each block had to say; elsewhere nothing.
-    """
-    with gathered_at_first(chain, tensors, facts) as gathered:
-        return dict(gathered), gathered.said
-
-
 def _answer(chain: Chain, tensors: Mapping[str, Tensor], facts: Any) -> None:
     """Say what there is, and send what is asked for."""
     forms = [[name, *_form(tensor)] for name, tensor in tensors.items()]

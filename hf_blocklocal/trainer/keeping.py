@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import shutil
 from collections import ChainMap
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-import torch
+from torch import Tensor
 from transformers.trainer import OPTIMIZER_NAME
 
-from hf_blocklocal.parallel.gathering import gather_to_first
+from hf_blocklocal.parallel.gathering import gathered_at_first
+from hf_blocklocal.parallel.pickled_file import placeholders_for, write_pickled
 from hf_blocklocal.parallel.shards import plain_values_in, state_of, tensors_in
 from hf_blocklocal.parallel.stationing import Whole
+from hf_blocklocal.parallel.tensor_file import write_tensors
 from hf_blocklocal.trainer.stationed import TakesStation
 
 
@@ -29,10 +32,18 @@ class KeepsApart(TakesStation):
         super()._save_optimizer_and_scheduler(output_dir)
         if self._chain is not None:
             state = self._shard.state_by_name()
-            tensors, plain = gather_to_first(self._chain, tensors_in(state), plain_values_in(state))
+            with gathered_at_first(self._chain, tensors_in(state), plain_values_in(state)) as gathered:
+                if self._chain.writes:
+                    placeholders = placeholders_for(gathered.forms)
+                    whole = self._shard.whole(state_of(placeholders, ChainMap(*gathered.said)))
+                    path = Path(output_dir) / OPTIMIZER_NAME
+                    write_pickled(path, whole, placeholders, gathered.__getitem__)
+
+    def _save_together(self, tensors: Mapping[str, Tensor], path: Path) -> None:
+        """Write the tensors of all processes into one file where checkpoints are written."""
+        with gathered_at_first(self._chain, tensors) as gathered:
             if self._chain.writes:
-                whole = self._shard.whole(state_of(tensors, ChainMap(*plain)))
-                torch.save(whole, Path(output_dir) / OPTIMIZER_NAME)
+                write_tensors(path, gathered.forms, gathered.__getitem__)
 
     def _save_rng_state(self, output_dir: str) -> None:
         """Write the random state of every chain once, as data-parallel processes would."""

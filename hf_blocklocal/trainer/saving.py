@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -11,7 +12,6 @@ from hf_blocklocal.anchor import Anchor
 from hf_blocklocal.checkpoint import load_heads_, save_heads
 from hf_blocklocal.copies import Copies
 from hf_blocklocal.hub import fetch
-from hf_blocklocal.parallel.gathering import gather_to_first
 from hf_blocklocal.parallel.stationing import Whole
 from hf_blocklocal.trainer.placing import PlacesBlocks
 from hf_blocklocal.trainer.streaming import ConvertedError, can_be_streamed, saved_one_by_one
@@ -59,11 +59,10 @@ class SavesBlocks(PlacesBlocks):
         """Write anchor and copies beside the optimizer, for a run that goes on from here."""
         super()._save_optimizer_and_scheduler(output_dir)
         for kept in self._keepsakes:
-            state = kept.state() if self._chain is not None or self.args.should_save else {}
             if self._chain is not None:
-                state, _ = gather_to_first(self._chain, state)
-            if self.args.should_save:
-                kept.save(output_dir, state)
+                self._save_together(kept.state(), Path(output_dir) / kept.file_name)
+            elif self.args.should_save:
+                kept.save(output_dir)
 
     def load_heads(self, source: str, *, revision: str | None = None, token: str | None = None) -> None:
         """Load the heads saved beside a model, so that an evaluation reports what each block would have predicted.
