@@ -5,13 +5,14 @@ from __future__ import annotations
 import pytest
 from accelerate.utils import DistributedType
 from torch import nn
-from transformers import TrainingArguments
+from transformers import Seq2SeqTrainingArguments, TrainingArguments
 from zoo import SPECIMENS
 
 from hf_blocklocal.config import BlockLocalConfig
 from hf_blocklocal.errors import UnsupportedSettingError
 from hf_blocklocal.settings import (
     check_arguments,
+    check_block_parallel,
     check_launcher,
     check_loss_settings,
     check_outputs_of_all_layers,
@@ -164,3 +165,25 @@ def test_a_model_that_gathers_over_all_layers_is_refused_where_a_process_has_one
         check_outputs_of_all_layers(model)
     model.config.output_router_logits = False
     check_outputs_of_all_layers(model)
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("auto_find_batch_size", True),
+        ("train_sampling_strategy", "group_by_length"),
+        ("include_num_input_tokens_seen", "all"),
+        ("predict_with_generate", True),
+        ("save_on_each_node", True),
+        ("eval_use_gather_object", True),
+        ("fp16", True),
+    ],
+)
+def test_what_a_process_with_one_block_cannot_do_is_refused(option, value, tmp_path):
+    config = BlockLocalConfig(num_blocks=2, block_parallel_size=2)
+    args = Seq2SeqTrainingArguments(output_dir=str(tmp_path), report_to="none", use_cpu=True)
+    check_block_parallel(args, config)
+    setattr(args, option, value)
+    named = "group_by_length" if option == "train_sampling_strategy" else option
+    with pytest.raises(UnsupportedSettingError, match=f"^{named} and block_parallel_size=2 exclude each other"):
+        check_block_parallel(args, config)

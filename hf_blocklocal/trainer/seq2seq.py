@@ -36,11 +36,6 @@ class BlockLocalSeq2SeqTrainer(BlockLocalTrainer, Seq2SeqTrainer):
             check_generation(
                 self.model, max_length=self.args.generation_max_length, num_beams=self.args.generation_num_beams
             )
-            if self._chain is not None:
-                raise UnsupportedSettingError(
-                    "predict_with_generate and block_parallel_size exclude each other: no process has the whole "
-                    "model to generate with. Leave one of the two out, and generate with trainer.whole_model()."
-                )
 
     def create_accelerator_and_postprocess(self) -> None:
         """Refuse arguments without the settings for generation before the parent looks for them."""
