@@ -16,8 +16,6 @@ import argparse
 import json
 import os
 import socket
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Sequence
@@ -35,6 +33,7 @@ from common import (
     parser,
     prepare,
     print_table,
+    run_script,
     write_report,
 )
 
@@ -56,12 +55,11 @@ WAYS: dict[str, tuple[int, dict[str, Any] | None, int]] = {
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Time every way of training in rotation, print a table, write it as JSON."""
-    arguments = parser("Throughput of a block per process.", cpu=SIZE)
+    arguments = parser("Throughput of a block per process.", cpu_only=True, cpu=SIZE)
     arguments.add_argument("--rounds", type=int, default=5, help="Times that every way has its turn.")
     arguments.add_argument("--steps", type=int, default=30, help="Steps timed in a turn.")
     arguments.add_argument("--work", help=argparse.SUPPRESS)
     options = parse(arguments, argv)
-    options.device = options.device or "cpu"
     size = chosen_size(options, SIZE)
     if options.work:
         train(options.work, size, options)
@@ -90,7 +88,7 @@ def start(way: str, options: argparse.Namespace) -> list[dict[str, float]]:
             command = ["-m", "accelerate.commands.launch", *launch, *command]
         environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": str(options.threads)}
         environment["BENCHMARK_FOLDER"] = folder
-        subprocess.run([sys.executable, *command], env=environment, check=True, stderr=subprocess.DEVNULL)
+        run_script(command, environment)
         return [json.loads(path.read_text()) for path in sorted(Path(folder).glob("told-*.json"))]
 
 

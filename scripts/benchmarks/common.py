@@ -44,15 +44,18 @@ class Size:
     sequence: int = 128
 
 
-def parser(description: str, **defaults: Size) -> argparse.ArgumentParser:
+def parser(description: str, *, cpu_only: bool = False, **defaults: Size) -> argparse.ArgumentParser:
     """Start a parser with the options of every benchmark.
 
     Args:
         description: Purpose of the script.
+        cpu_only: Whether it measures nothing else.
         **defaults: Default size by device, for scripts whose sizes can be chosen.
     """
     result = argparse.ArgumentParser(description=description)
-    result.add_argument("--device", choices=["cpu", "cuda"], help="Default: cuda where there is one.")
+    result.set_defaults(device="cpu" if cpu_only else None)
+    if not cpu_only:
+        result.add_argument("--device", choices=["cpu", "cuda"], help="Default: cuda where there is one.")
     result.add_argument("--threads", type=int, default=1, help="Threads on the CPU.")
     result.add_argument("--output", type=Path, help="JSON file. Default: results/<name>-<cpu|gpu>.json.")
     for field in fields(Size) if defaults else ():
@@ -203,6 +206,13 @@ def parse(arguments: argparse.ArgumentParser, argv: Sequence[str] | None) -> arg
     options = arguments.parse_args(words)
     options.words = words
     return options
+
+
+def run_script(command: Sequence[str], environment: Mapping[str, str]) -> None:
+    """Run Python with some arguments, and be silent about its warnings; if it fails, end with what it said last."""
+    done = subprocess.run([sys.executable, *command], env=environment, stderr=subprocess.PIPE, text=True)
+    if done.returncode != 0:
+        raise SystemExit(f"{' '.join(command)} failed:\n{done.stderr[-4000:]}")
 
 
 def _plain(value: Any) -> Any:

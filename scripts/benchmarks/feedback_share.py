@@ -53,11 +53,10 @@ CASES = (
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Count for every case, print a table, write it as JSON."""
-    arguments = parser("Share of feedback in parameters and operations.")
+    arguments = parser("Share of feedback in parameters and operations.", cpu_only=True)
     arguments.add_argument("--blocks", type=int, default=3, help="Number of blocks K.")
     arguments.add_argument("--latent-dim", type=int, default=128, help="Units of the latent.")
     options = parse(arguments, argv)
-    options.device = "cpu"
     prepare(options)
     results = [count(case, num_blocks=options.blocks, latent_dim=options.latent_dim) for case in CASES]
     show(results)

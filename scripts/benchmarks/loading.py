@@ -15,8 +15,6 @@ import argparse
 import json
 import os
 import socket
-import subprocess
-import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -32,6 +30,7 @@ from common import (
     parser,
     prepare,
     print_table,
+    run_script,
     write_report,
 )
 
@@ -42,11 +41,10 @@ MOMENTS = ("loaded", "set up", "one step")
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Measure one process and several, print a table, write it as JSON."""
-    arguments = parser("Main memory to load a model in several processes.", cpu=SIZE)
+    arguments = parser("Main memory to load a model in several processes.", cpu_only=True, cpu=SIZE)
     arguments.add_argument("--processes", type=int, nargs="+", default=[1, 2, 4], help="Blocks, a process each.")
     arguments.add_argument("--work", type=Path, help=argparse.SUPPRESS)
     options = parse(arguments, argv)
-    options.device = "cpu"
     size = chosen_size(options, SIZE)
     if options.work:
         work(options.work, size, options)
@@ -76,7 +74,7 @@ def start(processes: int, folder: Path, options: argparse.Namespace) -> dict[str
         launch += ["--dynamo_backend", "no", "--main_process_port", str(port)]
         command = ["-m", "accelerate.commands.launch", *launch, *command]
     environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": str(options.threads)}
-    subprocess.run([sys.executable, *command], env=environment, check=True, stderr=subprocess.DEVNULL)
+    run_script(command, environment)
     by_block = [json.loads((told / f"{block}.json").read_text()) for block in range(processes)]
     return {"processes": processes, "by_block": by_block}
 

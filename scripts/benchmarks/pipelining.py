@@ -99,7 +99,7 @@ class Emulated:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Measure, print a table, write it as JSON."""
-    arguments = parser("Block-local streaming beside pipeline schedules, on emulated devices.")
+    arguments = parser("Block-local streaming beside pipeline schedules, on emulated devices.", cpu_only=True)
     arguments.add_argument("--ranks", type=int, nargs="+", default=[2, 4], help="Numbers of ranks K.")
     arguments.add_argument("--seconds", type=float, default=0.04, help="A pass of a rank's layers on a micro-batch.")
     arguments.add_argument("--head", type=float, default=0.1, help="Cost of a head as a share of its block.")

@@ -44,7 +44,7 @@ TOLERANCE = 0.10
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Simulate, print tables, write them as JSON and as a plot."""
-    arguments = parser("How training scales to many ranks, in a simulator.")
+    arguments = parser("How training scales to many ranks, in a simulator.", cpu_only=True)
     arguments.add_argument(
         "--measured", type=Path, nargs="+", default=[], help="JSON of what the simulator is to meet."
     )
