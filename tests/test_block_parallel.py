@@ -49,7 +49,11 @@ TWO = {
         "config": {"head_refresh_steps": 2, "head_refresh_lag": 3, "tied_weights": "untie"},
     },
     "gpt2, frozen": {"specimen": "gpt2", "dropout": 0.1, "config": {"head_layers": 0, "tied_weights": "freeze"}},
-    "llama": {"specimen": "llama", "args": {"bf16": True}, "config": {"head_layers": 1, "head_refresh_decay": 0.5}},
+    "llama": {
+        "specimen": "llama",
+        "args": {"bf16": True},
+        "config": {"head_layers": 1, "head_refresh_decay": 0.5, "chunked_loss": 5},
+    },
     "llama, own heads": {
         "specimen": "llama",
         "batch_size": 3,
