@@ -51,7 +51,7 @@ class ChunkedLoss:
                 f"chunked_loss={tokens} is for losses over a vocabulary, and that of {type(self._model).__name__} is "
                 f"{self._kind!r}. Known are {sorted(_SHIFTS)}. Leave it out."
             )
-        self._calls = 0
+        self._called = False
 
     @contextmanager
     def in_place(self, paused: Callable[[], bool] = lambda: False) -> Iterator[None]:
@@ -59,6 +59,9 @@ class ChunkedLoss:
 
         Args:
             paused: Whether the model runs for another purpose now, and is to be as it is.
+
+        Raises:
+            UnsupportedSettingError: In a forward pass that computes its loss elsewhere, as some trainers have it.
         """
         head, model = self._head, self._model
         own_head, own_loss = head.forward, model.loss_function
@@ -73,10 +76,16 @@ class ChunkedLoss:
             return self._in_chunks(own_head, own_loss, logits, *args, **kwargs)
 
         def without_logits(_model: nn.Module, _inputs: Any, output: Any) -> Any:
-            if paused() or not isinstance(output, Mapping) or "logits" not in output:
+            if paused():
+                return None
+            if not self._called:
+                raise UnsupportedSettingError(self._refusal("is not computed by its loss_function"))
+            self._called = False
+            if not isinstance(output, Mapping) or "logits" not in output:
                 return None
             return type(output)(**{name: value for name, value in output.items() if name != "logits"})
 
+        self._called = False
         handle = model.register_forward_hook(without_logits)
         model.loss_function = loss_of
         try:
@@ -102,7 +111,7 @@ class ChunkedLoss:
         **kwargs: Any,
     ) -> Tensor:
         """Return what `own_loss` would make of all logits."""
-        self._calls += 1
+        self._called = True
         shifts = _SHIFTS[self._kind]
         if shifts and shift_labels is None:
             shift_labels = F.pad(labels, (0, 1), value=ignore_index)[..., 1:]
@@ -134,14 +143,13 @@ class ChunkedLoss:
         inputs = {**inputs, "labels": inputs["labels"].clamp(min=0)}
         with torch.no_grad(), evaluation_mode(self._model), magnified:
             own = self._model(**inputs).loss
-            self._calls = 0
             try:
                 with self.in_place():
                     chunked = self._model(**inputs).loss
-            except (RuntimeError, TypeError, AttributeError, ValueError) as error:
+            except UnsupportedSettingError:
+                raise
+            except (RuntimeError, TypeError, AttributeError, ValueError, IndexError) as error:
                 raise UnsupportedSettingError(self._refusal("cannot be computed so")) from error
-        if self._calls != 1:
-            raise UnsupportedSettingError(self._refusal("is computed in the model itself, not by its loss_function"))
         # In lower precision, a product of other shape rounds otherwise.
         exact = all(parameter.dtype == torch.float32 for parameter in self._head.parameters())
         if not torch.allclose(chunked.float(), own.float(), rtol=1e-4 if exact else 1e-2):

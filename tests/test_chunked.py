@@ -187,6 +187,18 @@ def test_a_single_block_is_the_plain_trainer():
         BlockLocalConfig(num_blocks=1, chunked_loss=64)
 
 
+def test_a_trainer_that_computes_the_loss_itself_is_refused(borrow):
+    model, batch = borrow("llama"), SPECIMENS["llama"].batch(0)
+    assembly = assemble(model, BlockLocalConfig(num_blocks=2, chunked_loss=4), batch)
+    targets = assembly.read_targets(batch)
+    lesson = assembly.step.teach(
+        targets, scale=1.0, backward=torch.Tensor.backward, learned=lambda *_: None, inputs=batch
+    )
+    with pytest.raises(UnsupportedSettingError, match="its loss is not computed by its loss_function"), lesson:
+        model(**{name: value for name, value in batch.items() if name != "labels"})
+    assert model(**batch).logits.shape[-1] == model.config.vocab_size
+
+
 def test_what_needs_all_logits_is_refused(tmp_path):
     trainer = make("llama", tmp_path, config=BlockLocalConfig(chunked_loss=4), label_smoothing_factor=0.1)
     with pytest.raises(UnsupportedSettingError, match="chunked_loss=4 and label_smoothing_factor exclude"):

@@ -9,6 +9,7 @@ from transformers import PreTrainedTokenizerFast
 from zoo import SPECIMENS, VOCABULARY
 
 from hf_blocklocal import BlockLocalConfig, BlockLocalMixin
+from hf_blocklocal.errors import UnsupportedSettingError
 
 
 datasets = pytest.importorskip("datasets")
@@ -92,6 +93,12 @@ def test_only_what_counts_as_an_answer_teaches_the_heads(tmp_path):
     targets = trainer.assembly.read_targets(batch)
     assert len(targets) == (batch["labels"][:, 1:] != -100).sum()
     assert len(targets) == 4 * 4  # three words and the end
+
+
+def test_chunks_are_refused_where_the_trainer_has_its_own(tmp_path):
+    trainer = sft(tmp_path, BlockLocalSFTTrainer, block_local=BlockLocalConfig(num_blocks=2, chunked_loss=4))
+    with pytest.raises(UnsupportedSettingError, match="its loss is not computed by its loss_function"):
+        trainer.train()
 
 
 def test_accumulated_batches_weigh_their_tokens_as_in_the_sft_trainer(tmp_path):
