@@ -214,6 +214,9 @@ def compare(points: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def show(rows: Sequence[dict[str, Any]]) -> None:
     """Print rows as a table."""
+    if not rows:
+        print("none")
+        return
     columns = [name for name in rows[0] if name != "work"]
     print_table(columns, [[cell(row[name]) for name in columns] for row in rows], left=1)
 
