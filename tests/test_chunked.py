@@ -33,6 +33,23 @@ def stepped(model, batch, items=None, **values):
     return [*report.losses, output.loss.detach()], gradients, output
 
 
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"head_layers": 0, "denoising": 0.5, "reconstruction": 0.5},
+        {"overlap": 1, "num_blocks": 3},
+        {"head_lens": True, "head_refresh_steps": 2},
+    ],
+    ids=["second runs", "overlap", "copies"],
+)
+def test_it_goes_with_all_that_runs_a_model_again(values, borrow):
+    batch, results = SPECIMENS["llama"].batch(0), []
+    for chunked in (None, 5):
+        torch.manual_seed(0)
+        results.append(stepped(borrow("llama"), batch, **{"num_blocks": 2, **values, "chunked_loss": chunked}))
+    assert_same(*results)
+
+
 def assert_same(plain, chunked):
     (losses, gradients, _), (chunked_losses, chunked_gradients, _) = plain, chunked
     torch.testing.assert_close(chunked_losses, losses, rtol=1e-5, atol=1e-6)
@@ -112,7 +129,9 @@ def test_a_loss_of_the_users_own_is_given_back_too(borrow):
     assert model.loss_function is halved
 
 
-@pytest.mark.parametrize("args", [{}, {"gradient_accumulation_steps": 2}, {"bf16": True}], ids=str)
+@pytest.mark.parametrize(
+    "args", [{}, {"gradient_accumulation_steps": 2}, {"bf16": True}, {"gradient_checkpointing": True}], ids=str
+)
 def test_a_run_learns_the_same(args, tmp_path):
     histories = []
     for chunked in (None, 6):
@@ -174,6 +193,18 @@ def test_dropout_of_the_head_is_the_same_in_the_backward_pass(borrow):
         torch.manual_seed(0)
         results.append(stepped(model, batch, num_blocks=2, head_layers=0, chunked_loss=chunked))
     assert_same(*results)
+
+
+def test_adapters_on_the_head_learn_the_same(borrow):
+    peft = pytest.importorskip("peft")
+    settings = peft.LoraConfig(r=2, target_modules=["q_proj", "lm_head"], lora_dropout=0.5, init_lora_weights=False)
+    batch, results = SPECIMENS["llama"].batch(0), []
+    for chunked in (None, 1000):  # one chunk, so that dropout draws the same
+        torch.manual_seed(0)
+        model = peft.get_peft_model(borrow("llama"), settings).train()
+        results.append(stepped(model, batch, num_blocks=2, head_layers=0, chunked_loss=chunked))
+    assert_same(*results)
+    assert "logits" not in results[1][2]
 
 
 @pytest.mark.parametrize("tokens", [0, True, 2.5])

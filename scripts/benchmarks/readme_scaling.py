@@ -125,10 +125,11 @@ def _measured(points: Sequence[dict[str, Any]]) -> list[str]:
     if not points:
         return []
     within = sum(point["within 10 %"] for point in points)
-    real = sum(bool(point["work"]["pace"]) for point in points)  # emulated devices are all alike
+    real = sum(bool(point["work"]["pace"]) for point in points)
+    emulated = len(points) - real  # devices that are all alike
     lines = [
         "",
-        f"{within} of {len(points)} measured steps, {len(points) - real} on emulated devices and {real} of real training,",
+        f"{within} of {len(points)} measured steps, {emulated} on emulated devices and {real} of real training,",
         "are within 10 % of what the simulator says; the last column is how far it is off:",
         "",
         "| | K | m | simulated, ms | measured, ms | |",
