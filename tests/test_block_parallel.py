@@ -344,7 +344,7 @@ def test_a_process_that_dies_in_an_evaluation_ends_all(tmp_path):
 
 
 def test_a_process_that_hangs_in_an_evaluation_ends_all(tmp_path):
-    said, seconds = failed(tmp_path, stopped=[1, 2], evaluating=True, config={"peer_timeout": 4.0})
+    said, seconds = failed(tmp_path, silent=[1, 2], evaluating=True, config={"peer_timeout": 4.0})
     assert "BlockPeerError: Block 1 (rank 1) has shown no sign of life for" in said
     assert "Block 0 (rank 0) was at step 6" in said
     assert seconds < 100
@@ -352,7 +352,7 @@ def test_a_process_that_hangs_in_an_evaluation_ends_all(tmp_path):
 
 def test_a_chain_that_hangs_ends_the_other_chains(tmp_path):
     """They wait for it where gradients are averaged, and nowhere else."""
-    said, seconds = failed(tmp_path, processes=4, blocks=2, stopped=[3, 5], config={"peer_timeout": 4.0})
+    said, seconds = failed(tmp_path, processes=4, blocks=2, silent=[3, 5], config={"peer_timeout": 4.0})
     assert "Block 1 (rank 3) has shown no sign of life for" in said
     assert seconds < 100
 

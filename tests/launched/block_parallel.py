@@ -4,7 +4,7 @@ Usage: block_parallel.py OUTPUT_DIR CASES
 
 CASES is JSON: for each case by name its `specimen`, `batch_size` per device, fields of `BlockLocalConfig` in `config`,
 of `TrainingArguments` in `args`, and, as needed, `lora`, `dropout`, `resume` (a checkpoint), `odd` (a rank that reads
-other batches), `raises`, `killed` and `stopped` (rank and step, or batch of an evaluation if `evaluating`),
+other batches), `raises`, `killed`, `stopped` and `silent` (rank and step, or batch of an evaluation if `evaluating`),
 `generates` (a prompt), `frozen` (a part of the model), `normalised` (whether its classifier starts with a batch norm),
 `noisy` (whether inputs are changed at random as they are read), `runs` (how often to train).
 """
@@ -15,6 +15,8 @@ import json
 import os
 import signal
 import sys
+import time
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -63,9 +65,15 @@ class Mishap(TrainerCallback):
             self.act()
 
 
-def fail():
+def fail(trainer):
     """Fail as a user's callback might."""
     raise KeyError("no such column")
+
+
+def fall_silent(trainer):
+    """Hang, but not so deeply that the launcher has to wait half a minute before it is rid of this process."""
+    trainer._chain.peers.stop()
+    time.sleep(600)
 
 
 class Collectives(TrainerCallback):
@@ -96,8 +104,9 @@ class Collectives(TrainerCallback):
 
 MISHAPS = {
     "raises": fail,
-    "killed": lambda: os.kill(os.getpid(), signal.SIGKILL),
-    "stopped": lambda: os.kill(os.getpid(), signal.SIGSTOP),
+    "killed": lambda _trainer: os.kill(os.getpid(), signal.SIGKILL),
+    "stopped": lambda _trainer: os.kill(os.getpid(), signal.SIGSTOP),
+    "silent": fall_silent,
 }
 
 
@@ -153,7 +162,9 @@ def run(folder, case):
     trainer = BlockLocalTrainer(model, args, train_dataset=read, eval_dataset=rows[:11], block_local=config)
     for name, act in MISHAPS.items():
         if name in case and case[name][0] == args.process_index:
-            trainer.add_callback(Mishap(case[name][1], act, evaluating=case.get("evaluating", False)))
+            trainer.add_callback(
+                Mishap(case[name][1], partial(act, trainer), evaluating=case.get("evaluating", False))
+            )
     counter = Collectives() if case.get("counted") else None
     if counter is not None:
         trainer.add_callback(counter)
