@@ -16,6 +16,25 @@ from hf_blocklocal.history import HISTORY_NAME, StepTime, Training, read_history
 
 
 SCRIPT = Path(__file__).parent / "launched" / "data_parallel.py"
+BY_STEPS = {"num_blocks": 4, "step_per_block": True}
+CASES = {
+    "bert": {"specimen": "bert", "config": {"num_blocks": 2}},
+    "bert, step per block": {"specimen": "bert", "config": BY_STEPS},
+    "bert, overlap": {
+        "specimen": "bert",
+        "config": {**BY_STEPS, "overlap": 1, "global_every": 3, "head_warmup_steps": 1},
+    },
+    "bert, anchor": {
+        "specimen": "bert",
+        "config": {"num_blocks": 2, "anchor": 2.0, "block_lr_decay": 0.5, "global_every": 2},
+    },
+    "bert, copies": {
+        "specimen": "bert",
+        "config": {"num_blocks": 2, "head_layers": 1, "head_refresh_steps": 2, "head_refresh_lag": 1},
+    },
+    "gpt2": {"specimen": "gpt2", "config": {"num_blocks": 2, "negatives": None}},
+    "llama, one block": {"specimen": "llama", "config": {"num_blocks": 1}},
+}
 
 
 def free_port():
@@ -30,29 +49,22 @@ def run(command):
     assert result.returncode == 0, result.stderr[-3000:]
 
 
-def launched(arguments):
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """Run all cases in two processes, and in one with the doubled batch; return the folder of both."""
+    folder, cases = tmp_path_factory.mktemp("data_parallel"), json.dumps(CASES)
     options = ["--multi_gpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no"]
     options += ["--dynamo_backend", "no", "--main_process_port", str(free_port())]
-    run([sys.executable, "-m", "accelerate.commands.launch", *options, str(SCRIPT), *arguments])
+    launch = [sys.executable, "-m", "accelerate.commands.launch", *options]
+    run([*launch, str(SCRIPT), str(folder / "two"), "4", cases])
+    run([sys.executable, str(SCRIPT), str(folder / "one"), "8", cases])
+    return folder
 
 
 @pytest.mark.launch
-@pytest.mark.parametrize(
-    ("name", "settings"),
-    [
-        ("bert", ["num_blocks=2"]),
-        ("bert", ["num_blocks=4", "step_per_block=true"]),
-        ("bert", ["num_blocks=4", "step_per_block=true", "overlap=1", "global_every=3", "head_warmup_steps=1"]),
-        ("bert", ["num_blocks=2", "anchor=2.0", "block_lr_decay=0.5", "global_every=2"]),
-        ("bert", ["num_blocks=2", "head_layers=1", "head_refresh_steps=2", "head_refresh_lag=1"]),
-        ("gpt2", ["num_blocks=2", "negatives=null"]),
-        ("llama", ["num_blocks=1"]),
-    ],
-)
-def test_two_processes_equal_one_with_the_doubled_batch(name, settings, tmp_path):
-    both, one = tmp_path / "both", tmp_path / "one"
-    launched([name, str(both), "4", *settings])
-    run([sys.executable, str(SCRIPT), name, str(one), "8", *settings])
+@pytest.mark.parametrize("name", CASES)
+def test_two_processes_equal_one_with_the_doubled_batch(runs, name):
+    both, one = runs / "two" / name, runs / "one" / name
     first, second = (torch.load(both / f"state-{rank}.pt") for rank in (0, 1))
     alone = torch.load(one / "state-0.pt")
     for key, value in alone.items():
