@@ -1,8 +1,9 @@
 # make quickstart   fine-tune a real model block by block, beside plain backpropagation (about 4 minutes on 2 cores)
-# make test         run the tests
+# make test         run the tests, in as many processes as there are cores, at most 8 (make test WORKERS=0 for one)
 # make lint         check style
 
 PYTHON ?= python3
+WORKERS ?= auto
 BIN := .venv/bin
 # Two OpenMP threads on busy cores wait for each other by spinning, which can be 20 times slower.
 export OMP_WAIT_POLICY ?= PASSIVE
@@ -26,7 +27,7 @@ quickstart: setup
 	$(BIN)/python scripts/train.py configs/train/quickstart.yaml
 
 test: setup
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 lint: setup
 	$(BIN)/ruff check .

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -15,6 +16,20 @@ from zoo import SPECIMENS  # noqa: E402
 
 
 torch.set_num_threads(1)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers():
+    """Start a worker for each core that may be used, at most 8, as each takes about a gigabyte of memory."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return min(cores or 1, 8)
+
+
+def pytest_collection_modifyitems(items):
+    """Put files that take long first, so that no worker is left alone with one in the end."""
+    tests = Counter(item.path for item in items)
+    launched = {item.path for item in items if item.get_closest_marker("launch")}
+    items.sort(key=lambda item: (item.path not in launched, -tests[item.path]))
 
 
 @pytest.fixture(scope="session")
