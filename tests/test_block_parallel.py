@@ -6,7 +6,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -294,77 +293,3 @@ def assert_equal(first, second):
         assert torch.equal(first, second)
     else:
         assert str(first) == str(second)
-
-
-# ---- When something goes wrong ----
-
-
-def failed(folder, *, processes=2, blocks=None, timeout=120, config=None, **what):
-    """Run a case that goes wrong; return what was printed, and the seconds it took to end."""
-    case = {"specimen": "bert", "args": SAVED, "config": {"head_layers": 0, **(config or {})}, **what}
-    start = time.monotonic()
-    result = run(folder, {"case": settled(case, processes=blocks or processes)}, processes=processes, timeout=timeout)
-    assert result.returncode != 0
-    return result.stderr, time.monotonic() - start
-
-
-def test_an_error_in_one_process_ends_all_and_is_told_by_block_and_step(tmp_path):
-    said, _ = failed(tmp_path, raises=[1, 5])
-    assert "KeyError: 'no such column'" in said
-    assert "In block 1 (rank 1), at step 5." in said
-
-
-def test_other_batches_in_one_process_are_an_error_that_says_so(tmp_path):
-    said, _ = failed(tmp_path, odd=1)
-    assert "BatchMismatchError: Block 1 has read at step 0 0 a batch of input_ids [4, 12] with checksum" in said
-    assert "must read the same batches" in said
-
-
-def test_a_process_that_is_killed_ends_all_and_the_run_goes_on_from_its_checkpoint(runs, tmp_path):
-    said, _ = failed(tmp_path, killed=[1, 5], dropout=0.1)
-    assert "Block 1 (rank 1) is gone; " in said
-    case = {**TWO["bert"], "args": SAVED, "config": {"head_layers": 0}}
-    resumed = settled({**case, "resume": str(tmp_path / "case" / "checkpoint-3")}, processes=2)
-    whole = settled(case, processes=2)
-    passed(run(tmp_path, {"resumed": resumed, "whole": whole}, processes=2))
-    assert_same(tmp_path / "whole" / "final", tmp_path / "resumed" / "final")
-
-
-def test_a_process_that_hangs_ends_all(tmp_path):
-    said, seconds = failed(tmp_path, stopped=[0, 5], config={"peer_timeout": 4.0})
-    assert "Block 0 (rank 0) has shown no sign of life for" in said
-    assert seconds < 100
-
-
-def test_a_process_that_dies_in_an_evaluation_ends_all(tmp_path):
-    said, seconds = failed(tmp_path, killed=[1, 2], evaluating=True, config={"peer_timeout": 4.0})
-    assert "BlockPeerError: Block 1 (rank 1) is gone; last heard of at step" in said
-    assert "Block 0 (rank 0) was at step 6 and cannot go on without it" in said
-    assert seconds < 100
-
-
-def test_a_process_that_hangs_in_an_evaluation_ends_all(tmp_path):
-    said, seconds = failed(tmp_path, silent=[1, 2], evaluating=True, config={"peer_timeout": 4.0})
-    assert "BlockPeerError: Block 1 (rank 1) has shown no sign of life for" in said
-    assert "Block 0 (rank 0) was at step 6" in said
-    assert seconds < 100
-
-
-def test_a_chain_that_hangs_ends_the_other_chains(tmp_path):
-    """They wait for it where gradients are averaged, and nowhere else."""
-    said, seconds = failed(tmp_path, processes=4, blocks=2, silent=[3, 5], config={"peer_timeout": 4.0})
-    assert "Block 1 (rank 3) has shown no sign of life for" in said
-    assert seconds < 100
-
-
-def test_told_to_end_all_processes_save_at_the_same_step_and_the_run_goes_on_from_there(tmp_path):
-    case = {"specimen": "bert", "args": {"max_steps": 40}, "config": {"head_layers": 0}, "dropout": 0.1}
-    ended = {**case, "config": {**case["config"], "save_on_exit": True}, "told_to_end": 7}
-    run(tmp_path, {"ended": settled(ended, processes=2)}, processes=2)
-    saved = list((tmp_path / "ended").glob("checkpoint-*"))
-    assert len(saved) == 1
-    assert 7 <= int(saved[0].name.split("-")[1]) < 20
-    assert not (tmp_path / "ended" / "final").exists()
-    cases = {"whole": case, "resumed": {**case, "resume": str(saved[0])}}
-    passed(run(tmp_path, {name: settled(case, processes=2) for name, case in cases.items()}, processes=2))
-    assert_same(tmp_path / "whole" / "final", tmp_path / "resumed" / "final")
