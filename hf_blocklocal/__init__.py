@@ -1,19 +1,27 @@
-"""Train any Hugging Face transformer block by block, each block from its own loss."""
+"""Train any Hugging Face transformer block by block, each block from its own loss.
+
+A public name is imported when it is first asked for, so that figures, plans and pushes do not wait for the trainer.
+"""
 
 from __future__ import annotations
 
-from hf_blocklocal.anatomy import Stack, find_stacks
-from hf_blocklocal.assembly import Assembly, TaughtModel, assemble
-from hf_blocklocal.attaching import load_heads
-from hf_blocklocal.blocks import Boundaries, Cut
-from hf_blocklocal.config import BlockLocalConfig
-from hf_blocklocal.depth import EarlyExit, early_exit, truncate
-from hf_blocklocal.errors import BlockLocalError
-from hf_blocklocal.feedback import FeedbackHead, build_head
-from hf_blocklocal.losses import LocalLoss
-from hf_blocklocal.partition import Span
-from hf_blocklocal.step import LocalStep, StepReport
-from hf_blocklocal.trainer import BlockLocalMixin, BlockLocalSeq2SeqTrainer, BlockLocalTrainer
+import importlib
+from typing import TYPE_CHECKING, Any
+
+
+if TYPE_CHECKING:
+    from hf_blocklocal.anatomy import Stack, find_stacks
+    from hf_blocklocal.assembly import Assembly, TaughtModel, assemble
+    from hf_blocklocal.attaching import load_heads
+    from hf_blocklocal.blocks import Boundaries, Cut
+    from hf_blocklocal.config import BlockLocalConfig
+    from hf_blocklocal.depth import EarlyExit, early_exit, truncate
+    from hf_blocklocal.errors import BlockLocalError
+    from hf_blocklocal.feedback import FeedbackHead, build_head
+    from hf_blocklocal.losses import LocalLoss
+    from hf_blocklocal.partition import Span
+    from hf_blocklocal.step import LocalStep, StepReport
+    from hf_blocklocal.trainer import BlockLocalMixin, BlockLocalSeq2SeqTrainer, BlockLocalTrainer
 
 
 __version__ = "0.1.0"
@@ -42,3 +50,32 @@ __all__ = [
     "load_heads",
     "truncate",
 ]
+
+_ROOMS = {
+    "anatomy": ("Stack", "find_stacks"),
+    "assembly": ("Assembly", "TaughtModel", "assemble"),
+    "attaching": ("load_heads",),
+    "blocks": ("Boundaries", "Cut"),
+    "config": ("BlockLocalConfig",),
+    "depth": ("EarlyExit", "early_exit", "truncate"),
+    "errors": ("BlockLocalError",),
+    "feedback": ("FeedbackHead", "build_head"),
+    "losses": ("LocalLoss",),
+    "partition": ("Span",),
+    "step": ("LocalStep", "StepReport"),
+    "trainer": ("BlockLocalMixin", "BlockLocalSeq2SeqTrainer", "BlockLocalTrainer"),
+}
+_ROOM_OF = {name: room for room, names in _ROOMS.items() for name in names}
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name from its room, the first time that it is asked for."""
+    if name not in _ROOM_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = globals()[name] = getattr(importlib.import_module(f"{__name__}.{_ROOM_OF[name]}"), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    """Return what is there, whether it has been asked for or not."""
+    return sorted({*globals(), *__all__})

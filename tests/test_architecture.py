@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+
+import hf_blocklocal
 
 
 PACKAGE = Path(__file__).parents[1] / "hf_blocklocal"
@@ -119,7 +123,23 @@ def test_files_say_their_idea_and_stay_small(path):
 
 
 def test_public_names_are_documented():
-    import hf_blocklocal
-
+    assert set(hf_blocklocal.__all__) <= set(dir(hf_blocklocal))
     for name in hf_blocklocal.__all__:
         assert getattr(hf_blocklocal, name).__doc__, name
+
+
+def test_checkers_of_types_read_the_same_names():
+    named = {}
+    for node in ast.walk(ast.parse((PACKAGE / "__init__.py").read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and node.module.startswith("hf_blocklocal."):
+            named |= {alias.name: node.module for alias in node.names}
+    assert named == {name: f"hf_blocklocal.{room}" for name, room in hf_blocklocal._ROOM_OF.items()}
+    assert named.keys() == set(hf_blocklocal.__all__)
+    with pytest.raises(AttributeError, match="has no attribute 'assembel'"):
+        hf_blocklocal.assembel  # noqa: B018
+
+
+@pytest.mark.parametrize("module", ["hf_blocklocal", "hf_blocklocal.plots", "hf_blocklocal.depth_plots"])
+def test_what_needs_no_model_does_not_wait_for_torch(module):
+    code = f"import sys, {module}; sys.exit({{'torch', 'transformers', 'matplotlib'}} & sys.modules.keys() or 0)"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
