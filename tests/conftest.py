@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections import Counter
 
@@ -30,6 +31,11 @@ def pytest_collection_modifyitems(items):
     tests = Counter(item.path for item in items)
     launched = {item.path for item in items if item.get_closest_marker("launch")}
     items.sort(key=lambda item: (item.path not in launched, -tests[item.path]))
+
+
+def pytest_collection_finish():
+    """Let the collector of garbage pass over all that has been imported: every training run calls it."""
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

@@ -11,6 +11,7 @@ other batches), `raises`, `killed`, `stopped` and `silent` (rank and step, or ba
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import signal
@@ -200,6 +201,7 @@ def run(folder, case):
 def main():
     """Run every case."""
     torch.set_num_threads(1)
+    gc.freeze()  # every run collects garbage, and need not look for it in all that has been imported
     for name, case in json.loads(sys.argv[2]).items():
         run(Path(sys.argv[1]) / name, case)
 

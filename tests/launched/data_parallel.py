@@ -7,6 +7,7 @@ CASES is JSON: for each case by name its `specimen` and fields of `BlockLocalCon
 
 from __future__ import annotations
 
+import gc
 import json
 import sys
 from pathlib import Path
@@ -66,6 +67,7 @@ def main() -> None:
     """Run every case."""
     folder, batch_size, cases = sys.argv[1:]
     torch.set_num_threads(1)
+    gc.freeze()  # every run collects garbage, and need not look for it in all that has been imported
     for name, case in json.loads(cases).items():
         trainer = run(Path(folder) / name, case, int(batch_size))
     trainer.accelerator.end_training()

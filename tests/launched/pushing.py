@@ -5,6 +5,7 @@ Usage: pushing.py FOLDER
 
 from __future__ import annotations
 
+import gc
 import json
 import sys
 from pathlib import Path
@@ -25,6 +26,7 @@ def main() -> None:
     """Leave word of each, by the number of the process; the last push ends the process with its error."""
     folder = Path(sys.argv[1])
     torch.set_num_threads(1)
+    gc.freeze()  # every run collects garbage, and need not look for it in all that has been imported
     try:
         make(folder / "refused", push_to_hub=True, hub_model_id="ann/run", hub_token="hf_wrong", use_cpu=True)
     except NotPushableError as error:
