@@ -83,8 +83,9 @@ class Peers:
         return int(self._store.get("stop"))
 
     def stop(self) -> None:
-        """Say no more."""
+        """Say no more, and wait for what is being said: an interpreter that ends in the middle of it is aborted."""
         self._stopped.set()
+        self._beats.join(_LAST_WORDS)
 
     def check(self, peer: int, broken: BaseException | None = None) -> None:
         """Raise if waiting for a process is in vain.
