@@ -185,7 +185,8 @@ class Assembly:
 
     def describe(self) -> str:
         """Return the cut as a table: block, layers, parameters of block and head, cost of the head, its kind."""
-        return table_of_blocks(self.cut, self.config, self.parameters, self.heads, self.head_costs)
+        model, cut = self.module.model, self.cut
+        return table_of_blocks(model, cut, self.config, self.parameters, self.heads, self.head_costs)
 
 
 def check_structure(model: nn.Module, config: BlockLocalConfig) -> None:

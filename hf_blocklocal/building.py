@@ -85,9 +85,11 @@ def build_shortcut(
     if confines is None:
         with evaluation_mode(model):
             confines = trace.task.target == "vocabulary" and can_be_confined(model, inputs)
-    if trace.stacks[-1] > 0 and config.block_parallel_size > 1:
+    if trace.stacks[-1] > 0 and config.blocks_apart:
+        size = config.block_parallel_size
         raise UnsupportedSettingError(
-            f"head_layers={config.head_layers} and block_parallel_size={config.block_parallel_size} exclude each "
+            f"head_layers={config.head_layers} and "
+            f"{f'block_parallel_size={size}' if size > 1 else 'blocks on several devices'} exclude each "
             f"other for {type(model).__name__}: the decoder layers that a head borrows would need the states of the "
             "encoder. Use head_layers=0."
         )
@@ -129,7 +131,7 @@ def build_copies(
         UnsupportedSettingError: If copies are asked for and there is nothing to copy.
     """
     every, lag, decay = config.head_refresh_steps, config.head_refresh_lag, config.head_refresh_decay
-    if (every, lag, decay) == (1, 0, 0) and config.block_parallel_size == 1:
+    if (every, lag, decay) == (1, 0, 0) and not config.blocks_apart:
         return None
     if not any(lent):
         if (every, lag, decay) != (1, 0, 0):

@@ -105,13 +105,23 @@ def _check_bootstrap(config: Any) -> None:
 
 def _check_parallel(config: Any) -> None:
     size = config.block_parallel_size
-    if size == 1:
-        return
-    if size != config.num_blocks:
+    if size not in (1, config.num_blocks):
         raise ConfigError(
             f"block_parallel_size={size} and num_blocks={config.num_blocks} do not go together: every block gets a "
             f"process of its own. Use block_parallel_size={config.num_blocks}, or 1 for all blocks in one process."
         )
+    if config.placement == "devices" and (size > 1 or config.num_blocks == 1):
+        other, reason = (
+            (f"block_parallel_size={size}", "a process has one block, on one device")
+            if size > 1
+            else ("num_blocks=1", "a single block lies on one device")
+        )
+        raise ConfigError(f"placement='devices' and {other} exclude each other: {reason}. Leave one of the two out.")
+    if config.blocks_apart:
+        _check_apart(config, f"block_parallel_size={size}" if size > 1 else "placement='devices'")
+
+
+def _check_apart(config: Any, option: str) -> None:
     alone = {
         "overlap": 0,
         "global_every": None,
@@ -122,11 +132,16 @@ def _check_parallel(config: Any) -> None:
         value = getattr(config, name)
         if value not in (possible if isinstance(possible, tuple) else (possible,)):
             raise ConfigError(
-                f"block_parallel_size={size} and {name}={value!r} exclude each other: a block in a process of its own "
-                "sees neither the gradients nor the feedback networks of the others. Leave one of the two out."
+                f"{option} and {name}={value!r} exclude each other: a block in a process or on a device of its own "
+                "has neither the gradients nor the feedback networks of the others. Leave one of the two out."
             )
     if config.tied_weights == "add":
         raise ConfigError(
-            f"block_parallel_size={size} and tied_weights='add' exclude each other: the gradients of a weight that is "
-            "used in several processes are nowhere together. Use tied_weights='untie' or 'freeze'."
+            f"{option} and tied_weights='add' exclude each other: the gradients of a weight that is used in several "
+            "processes, or on several devices, are nowhere together. Use tied_weights='untie' or 'freeze'."
+        )
+    if config.placement == "devices" and config.denoising > 0:
+        raise ConfigError(
+            f"placement='devices' and denoising={config.denoising} exclude each other: the second run of a block goes "
+            "through the whole model, and so over all devices. Leave one of the two out."
         )

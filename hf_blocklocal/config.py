@@ -53,7 +53,9 @@ class BlockLocalConfig:
     """
 
     num_blocks: int | None = _help(
-        None, "Blocks to cut the layers into; 1 is ordinary backpropagation. Default: what boundaries make, else 2."
+        None,
+        "Blocks to cut the layers into; 1 is ordinary backpropagation. Default: what boundaries make, or one for each "
+        "device that a model is spread over, else 2.",
     )
     boundaries: tuple[int, ...] | None = _help(
         None, "First layer of every block but the first, counted in the order of execution. Replaces num_blocks."
@@ -66,11 +68,16 @@ class BlockLocalConfig:
         "Processes that a model is spread over, one block each: 1, or num_blocks. With K of them, accelerate launch "
         "--num_processes D*K makes D chains of K blocks.",
     )
+    placement: Literal["auto", "devices"] = _help(
+        "auto",
+        "Where the blocks of one process lie: auto follows the device map that a model was loaded with, and without "
+        "one takes one device; devices spreads a model that is on one device over all accelerators of the process.",
+    )
     tied_weights: Literal["auto", "add", "untie", "freeze"] = _help(
         "auto",
         "What becomes of a weight that several blocks use, such as a tied embedding: add up the gradients, untie the "
-        "language-model head from the input embedding, or freeze it. Auto adds up in one process, and where blocks "
-        "are in several it unties, or freezes where that is not possible.",
+        "language-model head from the input embedding, or freeze it. Auto adds up on one device, and where blocks "
+        "are on several it unties, or freezes where that is not possible.",
     )
     peer_timeout: float = _help(
         25.0, "Seconds without a sign of life after which a process that holds another block counts as lost."
@@ -197,6 +204,7 @@ class BlockLocalConfig:
             if isinstance(getattr(self, name), list):
                 object.__setattr__(self, name, tuple(getattr(self, name)))
         check_types(self)
+        object.__setattr__(self, "_cut_is_open", self.num_blocks is None and self.boundaries is None)
         if self.num_blocks is None:
             object.__setattr__(
                 self, "num_blocks", DEFAULT_BLOCKS if self.boundaries is None else len(self.boundaries) + 1
@@ -204,6 +212,16 @@ class BlockLocalConfig:
         check_values(self)
         check_combinations(self)
         self._check_cut()
+
+    @property
+    def leaves_cut_open(self) -> bool:
+        """Whether nobody has said how many blocks there are to be. `dataclasses.replace` settles it."""
+        return self._cut_is_open
+
+    @property
+    def blocks_apart(self) -> bool:
+        """Whether blocks lie on several devices, in one process or in several, so that none may wait for another."""
+        return self.block_parallel_size > 1 or self.placement == "devices"
 
     @property
     def borrows(self) -> bool:

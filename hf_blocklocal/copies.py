@@ -206,6 +206,7 @@ class Copies:
         copies = {key.removeprefix("copy/"): tensor for key, tensor in tensors.items() if key.startswith("copy/")}
         if self._exchange is not None:  # the file is of all blocks
             copies = {name: tensor for name, tensor in copies.items() if name in self._copies}
+        copies = {key: tensor for name, tensor in copies.items() for key in self._keys_of(name) or [name]}
         if (misfit := first_misfit(self._copies, copies)) is not None:
             raise CopiesMismatchError(
                 f"The borrowed weights in {path} do not fit: {misfit}. Resume with the cut, the head_layers and the "
@@ -220,8 +221,12 @@ class Copies:
             if key.startswith("waiting/"):
                 _, used_at, name = key.split("/", 2)
                 waiting = self._waiting.setdefault(int(used_at), {})
-                if name in self._copies:
-                    waiting[name] = tensor.to(self._copies[name].device)
+                for key in self._keys_of(name):
+                    waiting[key] = tensor.to(self._copies[key].device)
+
+    def _keys_of(self, name: str) -> list[str]:
+        """Return under which names the copies of a weight are kept here."""
+        return [name] if name in self._copies else []
 
 
 def _copy_of(tensor: Tensor) -> Tensor:

@@ -24,7 +24,7 @@ OWN_HEAD = (
     "bootstrap",
 )
 
-# Where blocks are in several processes, nothing can be borrowed live without waiting for it.
+# Where blocks are apart, nothing can be borrowed live without waiting for it.
 REFRESH_STEPS = 10
 
 
@@ -38,7 +38,7 @@ def default_head_layers(num_blocks: int) -> int:
 
 
 def default_refresh_lag(num_blocks: int) -> int:
-    """Return by how many steps copies are late by default, where blocks are in several processes.
+    """Return by how many steps copies are late by default, where blocks are apart.
 
     A forward pass is a third of a step, so the first block is ahead of the last by a third of a step for every block
     between them. A longer lag would let it run further ahead, and what heads borrow would be older: in the learning
@@ -62,12 +62,12 @@ def settled(config: BlockLocalConfig, *, single_stack: bool) -> BlockLocalConfig
 
 
 def refreshed(config: BlockLocalConfig) -> BlockLocalConfig:
-    """Return a configuration whose heads use late copies of later blocks, where those are in other processes.
+    """Return a configuration whose heads use late copies of later blocks, where those are on other devices.
 
     Args:
         config: What was asked for, by someone whose heads use something of later blocks.
     """
     live = (config.head_refresh_steps, config.head_refresh_lag, config.head_refresh_decay) == (1, 0, 0)
-    if not live or config.block_parallel_size == 1:
+    if not live or not config.blocks_apart:
         return config
     return replace(config, head_refresh_steps=REFRESH_STEPS, head_refresh_lag=default_refresh_lag(config.num_blocks))

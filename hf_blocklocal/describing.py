@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import nn
 
 from hf_blocklocal.blocks import Cut
@@ -13,15 +14,17 @@ from hf_blocklocal.shortcut import borrowed_layers
 
 
 def table_of_blocks(
+    model: nn.Module,
     cut: Cut,
     config: BlockLocalConfig,
     parameters: Sequence[Sequence[nn.Parameter]],
     heads: Sequence[FeedbackHead],
     costs: Sequence[float],
 ) -> str:
-    """Return a table: block, layers, parameters of block and head, cost of the head, what teaches it.
+    """Return a table: block, its device if there are several, layers, parameters, cost of the head, what teaches it.
 
     Args:
+        model: The model.
         cut: Where the model is cut.
         config: How it is taught, with nothing left open.
         parameters: The parameters of each block and its head.
@@ -34,9 +37,19 @@ def table_of_blocks(
         layers = f"{span.start}-{span.last}" if cut.num_blocks - 1 > 0 else "all"
         cost, taught = _cost_of_head(costs, block), taught_by(cut, config, heads, block)
         rows.append((str(block), layers, f"{in_block:,}", f"{in_head:,}", cost, taught))
+    if config.placement == "devices":
+        devices = ["device", *(str(block_device(model, cut, block)) for block in range(cut.num_blocks))]
+        rows = [(row[0], device, *row[1:]) for row, device in zip(rows, devices, strict=True)]
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
     return "\n".join(line.rstrip() for line in lines)
+
+
+def block_device(model: nn.Module, cut: Cut, block: int) -> torch.device | None:
+    """Return the device that the layers of a block lie on; None if they have no weights."""
+    span = cut.spans[block]
+    layers = [model.get_submodule(path) for path in cut.layers[span.start : span.stop]] or [model]
+    return next((parameter.device for layer in layers for parameter in layer.parameters()), None)
 
 
 def sizes(parameters: Sequence[Sequence[nn.Parameter]], heads: Sequence[FeedbackHead], block: int) -> tuple[int, int]:

@@ -49,17 +49,21 @@ class BlockScores:
         """
         self._has_hits = targets.task.target != "regression"
         heads, batch_size = self.step.heads, labels_of(inputs).shape[0]
-        columns_BK3 = torch.zeros(batch_size, len(heads), 3, device=targets.values.device)
+        scores: dict[int, Tensor] = {}
 
         def leave(block: int, hidden: Tensor, _router_logits: tuple[Tensor, ...]) -> None:
             with outputs_not_recorded(), self.step.borrowing(block):
                 seen = self.step.seen_by_head(block, hidden, inputs, targets)
-            messages = heads[block].messages(seen, targets)
-            scores_N3 = score(heads[block].loss, messages).to(columns_BK3.device)
-            columns_BK3[:, block] = columns_BK3[:, block].index_add(0, targets.samples_N, scores_N3)
+            messages = heads[block].messages(seen, self.step.bring(block, targets))
+            scores[block] = score(heads[block].loss, messages)
 
         with self.step.boundaries.attached(leave):
             yield
+        # Only now, so that no block waits for the numbers of another one.
+        columns_BK3 = torch.zeros(batch_size, len(heads), 3, device=targets.values.device)
+        for block, scores_N3 in scores.items():
+            scores_N3 = scores_N3.to(columns_BK3.device)
+            columns_BK3[:, block] = columns_BK3[:, block].index_add(0, targets.samples_N, scores_N3)
         self.batch_BK3 = columns_BK3
 
     def add(self, gathered_BK3: Tensor) -> None:

@@ -1,4 +1,4 @@
-"""What all blocks say between two logs, kept on their device so that no step has to wait for it."""
+"""What all blocks say between two logs, kept on the device of each so that no step has to wait for it."""
 
 # Shapes: K blocks, H blocks with a head.
 
@@ -28,11 +28,11 @@ class BlockLossMeter:
         self._forget()
 
     def _forget(self) -> None:
-        self._sums_K: Tensor | None = None
+        self._sums_K: list[Tensor] = []
         self._last_alone: Tensor | None = None
         self._local_steps = 0
         self._global_steps = 0
-        self._halves_H2: Tensor | None = None
+        self._halves_H2: list[Tensor] = []
         self._targets = 0
 
     @property
@@ -52,9 +52,9 @@ class BlockLossMeter:
             targets: How many targets those sums are over.
             completes_step: Whether it is the last one of its optimizer step.
         """
-        self._sums_K = _sum(self._sums_K, losses, losses[-1].device)
+        self._sums_K = _sum(self._sums_K, losses)
         if halves:
-            self._halves_H2 = _sum(self._halves_H2, halves, losses[-1].device)
+            self._halves_H2 = _sum(self._halves_H2, halves)
             self._targets += targets
         self._local_steps += completes_step
 
@@ -83,15 +83,15 @@ class BlockLossMeter:
             world_size: Processes; all of them must call.
         """
         sums_K = torch.zeros(num_blocks, device=device)
-        if self._sums_K is not None:
-            sums_K[self._here(num_blocks)] = self._sums_K.to(device)
+        if self._sums_K:
+            sums_K[self._here(num_blocks)] = torch.stack([total.to(device) for total in self._sums_K])
         steps_K = torch.full_like(sums_K, max(self._local_steps, 1))
         if self._global_steps > 0:
             steps_K[-1] = self._local_steps + self._global_steps
             sums_K[-1] += 0 if self._last_alone is None else self._last_alone.to(device)
         halves_H2 = torch.zeros(num_blocks - 1, 2, device=device)
-        if self._halves_H2 is not None:
-            halves_H2[self._here(num_blocks - 1)] = self._halves_H2.to(device)
+        if self._halves_H2:
+            halves_H2[self._here(num_blocks - 1)] = torch.stack([total.to(device) for total in self._halves_H2])
         said = [sums_K / steps_K, halves_H2.flatten(), sums_K.new_tensor([self._targets])]
         if self.alone is not None:  # each of these numbers is known to one process in K
             said[:2] = [num_blocks * values for values in said[:2]]
@@ -110,7 +110,7 @@ class BlockLossMeter:
         return slice(count) if self.alone is None else slice(self.alone, self.alone + 1)
 
 
-def _sum(so_far: Tensor | None, values: Sequence[Tensor], device: torch.device) -> Tensor:
-    """Return values, stacked on one device, added to the sum so far."""
-    stacked = torch.stack([value.float().to(device) for value in values])
-    return stacked if so_far is None else so_far + stacked
+def _sum(so_far: Sequence[Tensor], values: Sequence[Tensor]) -> list[Tensor]:
+    """Return values added to the sums so far, each where it is."""
+    values = [value.float() for value in values]
+    return [total + value for total, value in zip(so_far, values, strict=True)] if so_far else values

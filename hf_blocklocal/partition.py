@@ -71,6 +71,38 @@ def spans_from_boundaries(num_layers: int, boundaries: Sequence[int]) -> list[Sp
     return [Span(start, stop) for start, stop in pairwise(edges)]
 
 
+def boundaries_within_runs(lengths: Sequence[int], num_blocks: int) -> tuple[int, ...]:
+    """Cut runs of layers that must not share a block, such as those on different devices, evenly into blocks.
+
+    Args:
+        lengths: Layers of each run, in forward order.
+        num_blocks: Blocks in all, at least one per run.
+
+    Returns:
+        The first layer of every block but the first.
+
+    Raises:
+        CutError: If there are fewer blocks than runs, or a block would be left without a layer.
+    """
+    _check_enough_layers(sum(lengths), num_blocks)
+    if num_blocks < len(lengths):
+        raise CutError(
+            f"Cannot cut {len(lengths)} runs of layers into {num_blocks} blocks: none may reach over two of them. Use "
+            f"num_blocks={len(lengths)} or more."
+        )
+    blocks = [1] * len(lengths)
+    for _ in range(num_blocks - len(lengths)):
+        fullest = max(range(len(lengths)), key=lambda run: (lengths[run] / blocks[run], -run))
+        blocks[fullest] += 1
+    starts = [0, *accumulate(lengths)]
+    spans = [
+        Span(start + span.start, start + span.stop)
+        for start, length, count in zip(starts, lengths, blocks, strict=False)
+        for span in even_spans(length, count)
+    ]
+    return tuple(span.start for span in spans[1:])
+
+
 def spans_by_cost(costs: Sequence[float], num_blocks: int) -> list[Span]:
     """Cut a stack so that the costliest block is as cheap as possible.
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from torch import nn
 
 from hf_blocklocal.assembly import Assembly
-from hf_blocklocal.describing import sizes, taught_by
+from hf_blocklocal.describing import block_device, sizes, taught_by
 from hf_blocklocal.history import BlockOfCut
 from hf_blocklocal.memory import name_of
 from hf_blocklocal.overlap import CITATION as OVERLAP
@@ -46,8 +46,9 @@ def devices_of(assembly: Assembly, *, only: int | None = None) -> dict[int, str]
         assembly: The cut model.
         only: The one block that is here; None if all are.
     """
-    mine = enumerate(assembly.parameters) if only is None else [(only, assembly.parameters[only])]
-    return {block: name_of(parameters[0].device) if parameters else "nowhere" for block, parameters in mine}
+    blocks = range(assembly.cut.num_blocks) if only is None else [only]
+    devices = {block: block_device(assembly.module.model, assembly.cut, block) for block in blocks}
+    return {block: "nowhere" if device is None else name_of(device) for block, device in devices.items()}
 
 
 def citations_of(assembly: Assembly) -> tuple[str, ...]:

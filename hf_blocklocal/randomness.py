@@ -7,7 +7,7 @@ draws from goes on as if no block had drawn anything.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -42,7 +42,7 @@ class RandomState:
 def stream_per_block(
     exits: Mapping[int, nn.Module],
     seed: tuple[int, ...],
-    device: torch.device,
+    devices: Sequence[torch.device],
     *,
     paused: Callable[[], bool] = lambda: False,
 ) -> Iterator[None]:
@@ -52,10 +52,10 @@ def stream_per_block(
         exits: The last layer of blocks. Where one has returned, the stream of the next block begins: what runs between
             two blocks, such as the last norm of an encoder, belongs to the upper one.
         seed: What the streams are made from, for example run, step and micro-batch.
-        device: Where the model draws.
+        devices: Where the model draws.
         paused: Whether a layer that returns now has run for another purpose, and leaves the stream alone.
     """
-    before = RandomState.now(device)
+    before = [RandomState.now(device) for device in devices]
 
     def start(block: int) -> Callable[..., None]:
         def hook(_layer: nn.Module, _args: tuple[Any, ...], _output: Any) -> None:
@@ -65,7 +65,8 @@ def stream_per_block(
         return hook
 
     with ExitStack() as stack:
-        stack.callback(before.set)
+        for state in before:
+            stack.callback(state.set)
         for block, layer in exits.items():
             stack.callback(layer.register_forward_hook(start(block + 1)).remove)
         torch.manual_seed(mixed((*seed, 0)))

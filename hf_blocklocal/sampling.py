@@ -37,7 +37,7 @@ def with_candidates(
     distinct_T, values_N = targets.values.unique(return_inverse=True)
     others = vocabulary - distinct_T.shape[0]
     if negatives is None or negatives >= others:
-        weights = torch.zeros(vocabulary, device=embedding_VE.device)
+        weights = torch.zeros(vocabulary, device=targets.values.device)
         return replace(targets, candidates=Candidates(embedding_VE.detach(), weights, vocabulary))
     ranks_M = torch.randint(others, (negatives,), generator=generator).to(distinct_T.device)
     ids_C = torch.cat([distinct_T, skip_ids(distinct_T, ranks_M)])

@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor
 from transformers.modeling_outputs import SequenceClassifierOutput
 
+from hf_blocklocal.crossing import sent
 from hf_blocklocal.targets import Targets
 
 
@@ -53,6 +54,7 @@ def custom_loss(
 
     def loss(logits_BC: Tensor) -> Tensor:
         outputs = SequenceClassifierOutput(logits=logits_BC)
-        return scale * function(outputs, labels, num_items_in_batch=num_items_in_batch)
+        labels_here = sent(labels, logits_BC.device)
+        return scale * function(outputs, labels_here, num_items_in_batch=num_items_in_batch)
 
     return loss

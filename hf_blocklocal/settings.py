@@ -154,8 +154,12 @@ def check_block_parallel(args: TrainingArguments, config: BlockLocalConfig) -> N
         )
 
 
-def check_outputs_of_all_layers(model: nn.Module) -> None:
-    """Refuse models whose loss or predictions are made of what all layers return, which no process has.
+def check_outputs_of_all_layers(model: nn.Module, apart: str = "block_parallel_size above 1") -> None:
+    """Refuse models whose loss or predictions are made of what all layers return, which is nowhere together.
+
+    Args:
+        model: The model.
+        apart: What puts its blocks in different places.
 
     Raises:
         UnsupportedSettingError: If the model's config asks for it.
@@ -164,22 +168,26 @@ def check_outputs_of_all_layers(model: nn.Module) -> None:
     for name in names:
         if getattr(getattr(model, "config", None), name, False):
             raise UnsupportedSettingError(
-                f"model.config.{name}=True and block_parallel_size above 1 exclude each other: it takes what all "
-                "layers return, and a process has only those of its block. Set it to False, or train in one process: "
-                "block_parallel_size=1."
+                f"model.config.{name}=True and {apart} exclude each other: it takes what all layers return, which is "
+                "nowhere together, where each block has a process or a device of its own. Set it to False, or train "
+                "in one process on one device."
             )
 
 
-def check_model_given(given: bool) -> None:
-    """Refuse a model that is made anew for every run, where only one block of it stays in a process.
+def check_model_given(given: bool, apart: str = "block_parallel_size above 1") -> None:
+    """Refuse a model that is made anew for every run, where its blocks have been put in different places.
+
+    Args:
+        given: Whether there is a model, and no `model_init`.
+        apart: What puts its blocks there.
 
     Raises:
         UnsupportedSettingError: If there is a `model_init`, as hyperparameter search needs.
     """
     if not given:
         raise UnsupportedSettingError(
-            "model_init, and hyperparameter search with it, cannot be used with block_parallel_size above 1: a "
-            "process keeps one block of the model that it is given. Pass model=..., and search in one process."
+            f"model_init, and hyperparameter search with it, cannot be used with {apart}: the blocks of the model "
+            "that is given are put in their places once. Pass model=..., and search in one process on one device."
         )
 
 
@@ -197,16 +205,39 @@ def check_optimizer_not_given(given: bool) -> None:
 
 
 def check_placement(model: nn.Module, *, model_parallel: bool) -> None:
-    """Refuse models whose layers lie on several devices.
+    """Refuse models that lie where nothing can follow.
+
+    Args:
+        model: The model.
+        model_parallel: Whether it lies elsewhere than on the device of this process, and no layout says where.
 
     Raises:
-        UnsupportedSettingError: If the model was loaded with a device map over several devices, or tensor parallel.
+        UnsupportedSettingError: If the model was loaded tensor parallel, or onto another device.
     """
     if model_parallel or (getattr(model, "tp_size", None) or 1) > 1:
         raise UnsupportedSettingError(
-            f"{type(model).__name__} lies on several devices (device_map or tp_plan), which is not supported yet. "
-            "Load it on one device; data parallelism with accelerate launch works."
+            f"{type(model).__name__} lies on another device than this process computes on, or every layer on several "
+            "(tp_plan), which is not supported. Load it on one device, or layer by layer on several "
+            "(device_map='balanced'); data parallelism with accelerate launch works."
         )
+
+
+def check_spread(args: TrainingArguments, mixed_precision: str) -> None:
+    """Refuse what cannot work where the blocks of one process lie on several devices.
+
+    Raises:
+        UnsupportedSettingError: For the first such argument.
+    """
+    refused = {
+        "fp16": (args.fp16 or mixed_precision == "fp16", "its loss scaler waits for all devices at every step"),
+        "fp16_full_eval": (args.fp16_full_eval, "it moves the model to one device"),
+        "bf16_full_eval": (args.bf16_full_eval, "it moves the model to one device"),
+    }
+    for name, (given, reason) in refused.items():
+        if given:
+            raise UnsupportedSettingError(
+                f"{name} and blocks on several devices exclude each other: {reason}. Use bf16, or one device."
+            )
 
 
 def check_loss_settings(task: Task, config: BlockLocalConfig, *, label_smoothing: float, custom_loss: bool) -> None:

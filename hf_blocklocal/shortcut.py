@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from copy import copy
 from typing import Any
 
 import torch
@@ -79,6 +80,18 @@ class Shortcut:
             [parameter for name, parameter in model.named_parameters() if name not in mine] for mine in reached
         ]
         self._normalising = [module for module in model.modules() if statistics_of(module)]
+
+    def through(self, model: nn.Module) -> Shortcut:
+        """Return the same way through another model of the same structure, whose parameters nobody trains."""
+        other = copy(self)
+        other.model, other.copies = model, None
+        other._layers = [model.get_submodule(path) for path in self._cut.layers]
+        other._foreign = [[] for _ in self._foreign]
+        return other
+
+    def kept_layers(self, block: int) -> tuple[int, ...]:
+        """Return the layers that the head of a block borrows."""
+        return self._kept[block]
 
     def lent_weights(self, owners: Mapping[str, int]) -> list[set[str]]:
         """Return, for each block but the last, the names of the parameters that its head uses and a later block owns.

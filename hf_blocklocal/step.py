@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -92,6 +92,10 @@ class _Lesson:
 class LocalStep:
     """Teaches every block but the last while the model's own forward runs.
 
+    Attributes:
+        devices: The devices that blocks lie on, where those are several.
+        bring: Returns the targets of a micro-batch on the device of a block.
+
     Args:
         boundaries: The cut of the model, where the heads stand.
         heads: The feedback head of every block but the last.
@@ -124,6 +128,8 @@ class LocalStep:
         self.inlets = inlets
         self.denoising = denoising
         self.chunked = chunked
+        self.devices: tuple[torch.device, ...] = ()
+        self.bring: Callable[[int, Targets], Targets] = lambda block, targets: targets
 
     @contextmanager
     def teach(
@@ -173,13 +179,14 @@ class LocalStep:
             if heads_only:
                 hidden, router_logits = hidden.detach(), tuple(logits.detach() for logits in router_logits)
             heard: list[Messages] = []
+            mine = replace(lesson, targets=self.bring(block, lesson.targets))
             with self._head_alone(block, heads_only=heads_only):
-                loss = self._loss(block, hidden, router_logits, lesson, heard.append)
-                report.add(loss, self.heads[block].loss.halves(heard[0]), len(lesson.targets))
+                loss = self._loss(block, hidden, router_logits, mine, heard.append)
+                report.add(loss, self.heads[block].loss.halves(heard[0]), len(mine.targets))
                 send(loss, **({"retain_graph": True} if interlock.overlap > 0 else {}))
             if self.denoising is not None:
                 with self._block_again(block, heads_only=heads_only):
-                    term = self._denoising(block, hidden, lesson)
+                    term = self._denoising(block, hidden, mine)
                     report.losses[-1] = report.losses[-1] + term.detach()
                     send(term)
             _forget_low_precision(hidden.device)
@@ -217,8 +224,8 @@ class LocalStep:
         boundaries = self.boundaries
         if lesson.targets is None:
             return nullcontext()
-        device = lesson.targets.values.device
-        return stream_per_block(boundaries.exits, lesson.seed, device, paused=lambda: boundaries.is_suspended)
+        devices = self.devices or (lesson.targets.values.device,)
+        return stream_per_block(boundaries.exits, lesson.seed, devices, paused=lambda: boundaries.is_suspended)
 
     @contextmanager
     def watched(self) -> Iterator[None]:

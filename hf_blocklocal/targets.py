@@ -150,10 +150,15 @@ class Targets:
         if alignment == "position":
             flat = hidden.flatten(0, 1)
             return flat.index_add(0, self.positions_N, change_ND.to(hidden.dtype)).view_as(hidden)
-        counts_B = torch.bincount(self.samples_N, minlength=hidden.shape[0]).clamp(min=1)
+        counts_B = occurrences(self.samples_N, hidden.shape[0]).clamp(min=1)
         sums_BD = change_ND.new_zeros(hidden.shape[0], change_ND.shape[1]).index_add(0, self.samples_N, change_ND)
         change_BD = (sums_BD / counts_B.unsqueeze(1)).to(hidden.dtype)
         return hidden + (change_BD[:, :, None, None] if hidden.dim() == 4 else change_BD.unsqueeze(1))
+
+
+def occurrences(values_N: Tensor, size: int) -> Tensor:
+    """Return how often each of 0, ..., size - 1 occurs, without waiting for the device as `torch.bincount` does."""
+    return values_N.new_zeros(size).index_add(0, values_N, torch.ones_like(values_N))
 
 
 def by_position(hidden: Tensor) -> Tensor:

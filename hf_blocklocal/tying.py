@@ -29,7 +29,7 @@ def with_tied_weights_settled_(model: nn.Module, config: BlockLocalConfig) -> Bl
     policy = config.tied_weights
     if policy == "auto":
         policy = "add"
-        if config.block_parallel_size > 1:
+        if config.blocks_apart:
             policy = "untie" if untie_(model, asked=False) else "freeze"
     elif policy == "untie":
         untie_(model, asked=True)

@@ -5,7 +5,7 @@ Always one block by itself. When which block is ready is the caller's business.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -22,6 +22,8 @@ class BlockUpdates:
         world_size: Processes, each of which holds a copy of every block that is here.
         group: Group of those processes; all there are by default.
         together: Runs a function in which this process waits for others.
+        check: Told of the norms so far, by block, and the optimizer step; raises if one is not finite.
+        combine: Makes of the norms of all blocks what is logged.
     """
 
     def __init__(
@@ -29,8 +31,12 @@ class BlockUpdates:
         world_size: int,
         group: Any = None,
         together: Callable[[Callable[[], Any]], Any] = lambda wait: wait(),
+        *,
+        check: Callable[[Mapping[int, Tensor], int], None] = check_norms,
+        combine: Callable[[Sequence[Tensor]], Tensor] = total_norm,
     ) -> None:
         self.group = group
+        self._check, self._combine = check, combine
         self._averager = GradientAverager(world_size, group, together)
         self._norms: dict[int, Tensor] = {}
 
@@ -63,7 +69,7 @@ class BlockUpdates:
         norm = clip_block_(parameters, max_norm)
         if norm is not None:
             self._norms[block] = norm
-            check_norms(self._norms, step)
+            self._check(self._norms, step)
         step_block_(optimizer, parameters)
 
     def clip_(self, blocks: Sequence[Sequence[nn.Parameter]], *, max_norm: float, checked_step: int | None) -> Tensor:
@@ -75,7 +81,8 @@ class BlockUpdates:
             checked_step: Optimizer step under way, where a norm that is not finite is an error; None where not.
 
         Returns:
-            The norm of all blocks together, with those that were stepped since the last call.
+            What `combine` makes of the norms of all blocks, with those that were stepped since the last call: by
+            default, the norm of all together.
 
         Raises:
             NonFiniteLossError: If the gradient of a block is not finite.
@@ -84,7 +91,7 @@ class BlockUpdates:
             if (norm := clip_block_(parameters, max_norm)) is not None:
                 self._norms[block] = norm
         if checked_step is not None:
-            check_norms(self._norms, checked_step)
+            self._check(self._norms, checked_step)
         norms = list(self._norms.values())
         self._norms.clear()
-        return total_norm(norms)
+        return self._combine(norms)

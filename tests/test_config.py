@@ -217,13 +217,13 @@ REFUSALS = {
     ),
     "overlap between processes": (
         {"num_blocks": 2, "block_parallel_size": 2, "overlap": 1},
-        "block_parallel_size=2 and overlap=1 exclude each other: a block in a process of its own sees neither the "
-        "gradients nor the feedback networks of the others. Leave one of the two out.",
+        "block_parallel_size=2 and overlap=1 exclude each other: a block in a process or on a device of its own "
+        "has neither the gradients nor the feedback networks of the others. Leave one of the two out.",
     ),
     "gradients of different processes": (
         {"num_blocks": 2, "block_parallel_size": 2, "tied_weights": "add"},
         "block_parallel_size=2 and tied_weights='add' exclude each other: the gradients of a weight that is used in "
-        "several processes are nowhere together. Use tied_weights='untie' or 'freeze'.",
+        "several processes, or on several devices, are nowhere together. Use tied_weights='untie' or 'freeze'.",
     ),
     "no patience": (
         {"peer_timeout": 0},

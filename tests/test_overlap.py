@@ -65,7 +65,7 @@ def uncut_losses(assembly, model, batch):
         model.get_submodule(assembly.cut.layers[span.last]).register_forward_hook(keep(block))
         for block, span in enumerate(assembly.cut.spans[:-1])
     ]
-    with stream_per_block(assembly.step.boundaries.exits, (5,), torch.device("cpu")):
+    with stream_per_block(assembly.step.boundaries.exits, (5,), [torch.device("cpu")]):
         last = model(**batch).loss
     for handle in handles:
         handle.remove()

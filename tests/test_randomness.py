@@ -12,7 +12,7 @@ def masks_of(blocks, *, seed=(1, 2)):
     """Return what three blocks draw, each with a last layer behind it, when only some of them draw."""
     lasts = {block: nn.Identity() for block in (0, 1)}
     drawn = {}
-    with stream_per_block(lasts, seed, torch.device("cpu")):
+    with stream_per_block(lasts, seed, [torch.device("cpu")]):
         for block in (0, 1, 2):
             if block in blocks:
                 drawn[block] = torch.rand(4)
@@ -43,7 +43,7 @@ def test_the_stream_outside_goes_on_as_if_nothing_had_been_drawn():
 
 def test_a_layer_that_runs_for_another_purpose_leaves_the_stream_alone():
     last = nn.Identity()
-    with stream_per_block({0: last}, (1,), torch.device("cpu"), paused=lambda: True):
+    with stream_per_block({0: last}, (1,), [torch.device("cpu")], paused=lambda: True):
         torch.manual_seed(7)
         last(torch.ones(1))
         drawn = torch.rand(2)

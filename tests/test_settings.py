@@ -17,6 +17,7 @@ from hf_blocklocal.settings import (
     check_loss_settings,
     check_outputs_of_all_layers,
     check_placement,
+    check_spread,
 )
 from hf_blocklocal.targets import Task
 
@@ -101,10 +102,26 @@ def test_a_loss_scaler_and_steps_per_block_exclude_each_other():
     )
 
 
-def test_layers_on_several_devices_are_refused():
-    check_placement(nn.Linear(1, 1), model_parallel=False)
-    with pytest.raises(UnsupportedSettingError, match="Linear lies on several devices"):
-        check_placement(nn.Linear(1, 1), model_parallel=True)
+def test_models_that_lie_where_nothing_can_follow_are_refused():
+    model = nn.Linear(1, 1)
+    check_placement(model, model_parallel=False)
+    with pytest.raises(UnsupportedSettingError, match="Linear lies on another device than this process computes on"):
+        check_placement(model, model_parallel=True)
+    model.tp_size = 2
+    with pytest.raises(UnsupportedSettingError, match="every layer on several"):
+        check_placement(model, model_parallel=False)
+
+
+@pytest.mark.parametrize("name", ["fp16", "fp16_full_eval", "bf16_full_eval"])
+def test_what_waits_for_all_devices_is_refused_on_several(tmp_path, name):
+    check_spread(arguments(tmp_path, bf16=True), "bf16")
+    with pytest.raises(UnsupportedSettingError, match=f"{name} and blocks on several devices exclude each other"):
+        check_spread(arguments(tmp_path, **{name: True}), "no")
+
+
+def test_a_loss_scaler_of_the_launcher_is_refused_on_several_devices(tmp_path):
+    with pytest.raises(UnsupportedSettingError, match="waits for all devices"):
+        check_spread(arguments(tmp_path), "fp16")
 
 
 @pytest.mark.parametrize(

@@ -156,7 +156,8 @@ class LinearProbeCallback(BlockCallback):
             with _outputs_of(layers) as outputs:
                 self.trainer.model(**inputs)
             targets = read_targets(assembly.task, inputs)
-            rows = [self._rows(block, outputs[block], inputs, targets) for block in range(len(layers))]
+            here = (assembly.step.bring(block, targets) for block in range(len(layers)))
+            rows = [self._rows(block, outputs[block], inputs, mine) for block, mine in enumerate(here)]
             yield rows, targets.values.cpu()
 
     def _rows(self, block: int, hidden: Tensor, inputs: Mapping[str, Any], targets: Targets) -> Tensor:

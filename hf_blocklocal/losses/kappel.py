@@ -10,6 +10,7 @@ from torch import Tensor
 from hf_blocklocal.losses.agreement import Agreement
 from hf_blocklocal.losses.base import Messages
 from hf_blocklocal.losses.sim import centred_directions, evenly
+from hf_blocklocal.targets import occurrences
 
 
 PREDICTION = 0.5
@@ -63,6 +64,6 @@ def _decorrelation(x_RD: Tensor) -> Tensor:
 def _distance_to_means(prototypes_CD: Tensor, x_ND: Tensor, classes_N: Tensor) -> Tensor:
     """Return the mean squared difference between prototypes and means of the classes that occur."""
     sums_CD = torch.zeros_like(prototypes_CD).index_add(0, classes_N, x_ND)
-    counts_C1 = torch.bincount(classes_N, minlength=len(prototypes_CD)).unsqueeze(1)
+    counts_C1 = occurrences(classes_N, len(prototypes_CD)).unsqueeze(1)
     squares_CD = (prototypes_CD - sums_CD / counts_C1.clamp(min=1)).square() * (counts_C1 > 0)
     return squares_CD.sum() / ((counts_C1 > 0).sum() * prototypes_CD.shape[1]).clamp(min=1)

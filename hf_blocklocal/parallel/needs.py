@@ -53,7 +53,7 @@ def trace_needs(model: nn.Module, boundaries: Boundaries, inputs: Mapping[str, A
         if any(needed):
             side_inputs[cut.block_of_layer(layer)].add(name)
 
-    with _everything_trainable(model), evaluation_mode(model):
+    with everything_trainable(model), evaluation_mode(model):
         parameters = trace_reach(model, boundaries, inputs, hand_on=_marked, observe=observe)
     return Needs(tuple(map(frozenset, parameters)), tuple(map(frozenset, side_inputs)))
 
@@ -64,7 +64,8 @@ def _marked(hidden: Tensor) -> Tensor:
 
 
 @contextmanager
-def _everything_trainable(model: nn.Module) -> Iterator[None]:
+def everything_trainable(model: nn.Module) -> Iterator[None]:
+    """Let gradients reach frozen parameters too, inside the `with`."""
     frozen = [p for p in model.parameters() if not p.requires_grad and torch.is_floating_point(p)]
     for parameter in frozen:
         parameter.requires_grad_(True)
