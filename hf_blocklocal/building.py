@@ -86,12 +86,9 @@ def build_shortcut(
         with evaluation_mode(model):
             confines = trace.task.target == "vocabulary" and can_be_confined(model, inputs)
     if trace.stacks[-1] > 0 and config.blocks_apart:
-        size = config.block_parallel_size
         raise UnsupportedSettingError(
-            f"head_layers={config.head_layers} and "
-            f"{f'block_parallel_size={size}' if size > 1 else 'blocks on several devices'} exclude each "
-            f"other for {type(model).__name__}: the decoder layers that a head borrows would need the states of the "
-            "encoder. Use head_layers=0."
+            f"head_layers={config.head_layers} and {config.apart_by} exclude each other for {type(model).__name__}: "
+            "the decoder layers that a head borrows would need the states of the encoder. Use head_layers=0."
         )
     return Shortcut(model, cut, trace, config.head_layers, reach, confines=confines)
 

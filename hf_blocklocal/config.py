@@ -224,6 +224,12 @@ class BlockLocalConfig:
         return self.block_parallel_size > 1 or self.placement == "devices"
 
     @property
+    def apart_by(self) -> str:
+        """The option that puts blocks in different places, for messages."""
+        size = self.block_parallel_size
+        return f"block_parallel_size={size}" if size > 1 else f"placement={self.placement!r}"
+
+    @property
     def borrows(self) -> bool:
         """Whether heads are known to borrow the model's own upper parts."""
         return bool(self.head_layers) or self.head_lens

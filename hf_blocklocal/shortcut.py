@@ -87,6 +87,7 @@ class Shortcut:
         other.model, other.copies = model, None
         other._layers = [model.get_submodule(path) for path in self._cut.layers]
         other._foreign = [[] for _ in self._foreign]
+        other._normalising = [module for module in model.modules() if statistics_of(module)]
         return other
 
     def kept_layers(self, block: int) -> tuple[int, ...]:

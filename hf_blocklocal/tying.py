@@ -90,15 +90,15 @@ def with_shared_weights_settled_(
         The configuration with nothing left open about them.
 
     Raises:
-        UnsupportedSettingError: If untying was asked for, blocks are in several processes, and other weights than the
+        UnsupportedSettingError: If untying was asked for, blocks are apart, and other weights than the
             language-model head's are shared.
     """
     shared = shared_by_blocks(reach)
     policy = config.tied_weights
-    if policy == "untie" and config.block_parallel_size > 1 and shared:
+    if policy == "untie" and config.blocks_apart and shared:
         if asked:
             raise UnsupportedSettingError(
-                f"tied_weights='untie' and block_parallel_size={config.block_parallel_size}: {type(model).__name__} "
+                f"tied_weights='untie' and {config.apart_by}: {type(model).__name__} "
                 f"has other weights than its language-model head that several blocks use, {', '.join(shared[:4])}, "
                 "and there is no way to add up their gradients. Use tied_weights='freeze'."
             )

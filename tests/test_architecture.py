@@ -15,7 +15,7 @@ import hf_blocklocal
 PACKAGE = Path(__file__).parents[1] / "hf_blocklocal"
 FLOORS = [
     ["errors"],
-    ["combinations", "fitting", "generation", "values"],
+    ["combinations", "crossing", "fitting", "generation", "values"],
     [
         "anatomy",
         "anchor",
@@ -62,6 +62,7 @@ FLOORS = [
     ["assembly", "planning"],
     ["portrait"],
     ["attaching", "callbacks", "depth", "parallel"],
+    ["devices"],
     ["trainer"],
 ]
 FLOOR = {room: number for number, floor in enumerate(FLOORS) for room in floor}

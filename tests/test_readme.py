@@ -66,7 +66,7 @@ def ran(tmp_path_factory):
 
 
 def test_every_python_block_runs(ran):
-    assert len(ran[0]) == len(blocks("python")) == 11
+    assert len(ran[0]) == len(blocks("python")) == 12
 
 
 def test_a_polish_with_adapters_ends_in_an_ordinary_checkpoint_with_other_weights(ran):

@@ -9,10 +9,10 @@ from torch import nn
 
 from hf_blocklocal.evaluation import BlockScores
 from hf_blocklocal.targets import has_labels
-from hf_blocklocal.trainer.placing import PlacesBlocks
+from hf_blocklocal.trainer.spreading import SpreadsBlocks
 
 
-class EvaluatesBlocks(PlacesBlocks):
+class EvaluatesBlocks(SpreadsBlocks):
     """Adds to every evaluation what each block by itself would have predicted."""
 
     def evaluation_loop(self, dataloader: Any, description: str, *args: Any, **kwargs: Any) -> Any:
@@ -35,7 +35,7 @@ class EvaluatesBlocks(PlacesBlocks):
         if self._scores is None or not has_labels(inputs):
             with self._cut_here():
                 return super().prediction_step(model, inputs, *args, **kwargs)
-        inputs = self._prepare_inputs(inputs)
+        inputs = self._batch_to_read(inputs)
         with torch.no_grad():
             targets = self.assembly.read_targets(inputs, whole_vocabulary=True)
         with self._scores.watch(targets, inputs):

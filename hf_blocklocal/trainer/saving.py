@@ -13,14 +13,14 @@ from hf_blocklocal.checkpoint import load_heads_, save_heads
 from hf_blocklocal.copies import Copies
 from hf_blocklocal.hub import fetch
 from hf_blocklocal.parallel.stationing import Whole
-from hf_blocklocal.trainer.placing import PlacesBlocks
+from hf_blocklocal.trainer.spreading import SpreadsBlocks
 from hf_blocklocal.trainer.streaming import ConvertedError, can_be_streamed, saved_one_by_one
 
 
 _MODEL = "model."
 
 
-class SavesBlocks(PlacesBlocks):
+class SavesBlocks(SpreadsBlocks):
     """Saves heads, anchor and copies with the model, and resumes from them."""
 
     @property

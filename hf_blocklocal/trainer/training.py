@@ -30,16 +30,15 @@ from hf_blocklocal.settings import check_arguments, check_launcher, check_loss_s
 from hf_blocklocal.step import StepReport
 from hf_blocklocal.trainer.cards import WritesCards
 from hf_blocklocal.trainer.evaluating import EvaluatesBlocks
-from hf_blocklocal.trainer.placing import PlacesBlocks
 from hf_blocklocal.trainer.pushing import PushesRuns
 from hf_blocklocal.trainer.saving import SavesBlocks
-from hf_blocklocal.updates import BlockUpdates
+from hf_blocklocal.trainer.spreading import SpreadsBlocks
 
 
 logger = logging.getLogger(__name__)
 
 
-class BlockLocalMixin(EvaluatesBlocks, SavesBlocks, PushesRuns, PlacesBlocks, WritesCards):
+class BlockLocalMixin(EvaluatesBlocks, SavesBlocks, PushesRuns, SpreadsBlocks, WritesCards):
     """What makes a block-local trainer of any `Trainer` whose loss comes from `compute_loss` and labels.
 
     Put it first: `class MyTrainer(BlockLocalMixin, SFTTrainer)`. The trainer's own `compute_loss` teaches the last
@@ -63,15 +62,15 @@ class BlockLocalMixin(EvaluatesBlocks, SavesBlocks, PushesRuns, PlacesBlocks, Wr
         super().__init__(*args, **kwargs)
         self._forget_run()
         check_structure(self.model, self.block_local)
+        self._lay_out()
         if self.block_local.num_blocks > 1:
-            check_placement(self.model, model_parallel=self.is_model_parallel)
+            check_placement(self.model, model_parallel=self.is_model_parallel and self._layout is None)
         self._take_station()
 
     def _forget_run(self) -> None:
         """Start without anything that an earlier, perhaps interrupted, run has left behind."""
-        alone = self._chain is not None
-        self._updates = BlockUpdates(self._replicas, self._chain.replicas if alone else None, self._together)
-        self._meter = BlockLossMeter(self._chain.block if alone else None)
+        self._updates = self._new_updates()
+        self._meter = BlockLossMeter(None if self._chain is None else self._chain.block)
         self._micro_batch = 0
         self._told = 0.0
 
@@ -102,7 +101,8 @@ class BlockLocalMixin(EvaluatesBlocks, SavesBlocks, PushesRuns, PlacesBlocks, Wr
         collator = with_own_generators(self.data_collator)
         collate = self._get_collator_with_removed_columns(collator, description="traced")
         batch = self._prepare_inputs(first_batch(dataset, collate, min(2, self.args.per_device_train_batch_size)))
-        return batch if self._chain is None else send_to_device(batch, next(self.model.parameters()).device)
+        apart = self.block_local.blocks_apart
+        return send_to_device(batch, next(self.model.parameters()).device) if apart else batch
 
     @property
     def anchor(self) -> Anchor | None:
@@ -119,7 +119,12 @@ class BlockLocalMixin(EvaluatesBlocks, SavesBlocks, PushesRuns, PlacesBlocks, Wr
         """Refuse what cannot work before the parent sets it up, and `DataParallel` with it."""
         check_arguments(self.args)
         if self.args.n_gpu > 1:
-            logger.warning("Training on one of %d GPUs; use accelerate launch for all of them.", self.args.n_gpu)
+            if self.block_local.placement == "auto":
+                logger.warning(
+                    "Training on one of %d GPUs, unless the model has a device map; use accelerate launch or "
+                    "placement='devices' for all of them.",
+                    self.args.n_gpu,
+                )
             self.args._n_gpu = 1
         super().create_accelerator_and_postprocess()
         check_launcher(self.accelerator.distributed_type, self.accelerator.mixed_precision, self.block_local)
@@ -153,7 +158,7 @@ class BlockLocalMixin(EvaluatesBlocks, SavesBlocks, PushesRuns, PlacesBlocks, Wr
         layers = [self.model.get_submodule(path) for path in self.assembly.cut.layers]
         with layers_compiled(layers, self.accelerator.state.dynamo_plugin, overlap=self.block_local.overlap):
             self._forward = self.accelerator.prepare_model(
-                self.model, device_placement=self._chain is None, evaluation_mode=True
+                self.model, device_placement=not self._is_apart, evaluation_mode=True
             )
         if self._replicas > 1:
             here = [tensor for tensor in [*module.parameters(), *module.buffers()] if not tensor.is_meta]
@@ -179,7 +184,7 @@ class BlockLocalMixin(EvaluatesBlocks, SavesBlocks, PushesRuns, PlacesBlocks, Wr
             loss = super().training_step(self._forward, inputs, num_items_in_batch)
             self._finish_block(0, StepReport([loss]))
             return loss
-        assembly, inputs = self.assembly, self._prepare_inputs(inputs)
+        assembly, inputs = self.assembly, self._batch_to_read(inputs)
         assembly.begin_step(self.state.global_step)
         seed = self._seed_of_micro_batch()
         targets = assembly.read_targets(inputs, seed=seed)
@@ -212,13 +217,13 @@ class BlockLocalMixin(EvaluatesBlocks, SavesBlocks, PushesRuns, PlacesBlocks, Wr
             loss = self._teach_here(inputs, self._items_for_model(num_items_in_batch))
         if loss is not None:
             report.losses.append(loss)
-        report.check_finite(self.state.global_step + 1)
+        self._check_finite(report)
         if loss is not None:
             self._finish_block(assembly.last, report)
         self._meter.add(
             report.losses, halves=report.halves, targets=report.targets, completes_step=self.accelerator.sync_gradients
         )
-        return report.losses[-1]
+        return self._told_to_parent(report.losses[-1])
 
     def _global_step(self, inputs: dict[str, Any], num_items_in_batch: Any) -> Tensor:
         """Let all blocks learn from the model's own loss, as the parent does."""
@@ -251,7 +256,7 @@ class BlockLocalMixin(EvaluatesBlocks, SavesBlocks, PushesRuns, PlacesBlocks, Wr
         self._updates.average(parameters, wait=block == self.assembly.last or at_once or alone)
         if block < self.assembly.last and at_once:
             step, max_norm = self.state.global_step + 1, self.args.max_grad_norm or float("inf")
-            report.check_finite(step)
+            self._check_finite(report)
             self._updates.step_(block, parameters, self._inner_optimizer, max_norm=max_norm, step=step)
 
     def _skip_batch(self, *, in_global_step: bool) -> Tensor:
