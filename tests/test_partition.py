@@ -8,7 +8,7 @@ from itertools import combinations, pairwise
 import pytest
 
 from hf_blocklocal.errors import CutError
-from hf_blocklocal.partition import Span, even_spans, spans_by_cost, spans_from_boundaries
+from hf_blocklocal.partition import Span, boundaries_within_runs, even_spans, spans_by_cost, spans_from_boundaries
 
 
 def covers(spans, num_layers):
@@ -41,6 +41,26 @@ def test_an_even_cut_covers_all_layers_in_blocks_that_differ_by_at_most_one(num_
         assert len(spans) == num_blocks
         assert covers(spans, num_layers)
         assert max(sizes) - min(sizes) <= 1
+
+
+@pytest.mark.parametrize(
+    ("lengths", "num_blocks", "expected"),
+    [
+        ([4], 1, ()),
+        ([2, 2], 2, (2,)),
+        ([2, 2], 3, (1, 2)),
+        ([1, 5], 3, (1, 3)),
+        ([5, 1, 3], 5, (2, 5, 6, 7)),
+    ],
+)
+def test_runs_are_cut_further_where_blocks_are_largest(lengths, num_blocks, expected):
+    assert boundaries_within_runs(lengths, num_blocks) == expected
+
+
+@pytest.mark.parametrize(("lengths", "num_blocks"), [([2, 2], 1), ([1, 1, 1], 2), ([2, 2], 5)])
+def test_a_block_reaches_over_no_two_runs_and_has_a_layer(lengths, num_blocks):
+    with pytest.raises(CutError, match="Cannot cut"):
+        boundaries_within_runs(lengths, num_blocks)
 
 
 def test_the_later_of_two_uneven_blocks_is_the_larger():
