@@ -23,6 +23,16 @@ from hf_blocklocal.trainer.stationed import TakesStation
 class KeepsApart(TakesStation):
     """Brings together what belongs into a checkpoint."""
 
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Let all processes take part."""
+        if self._chain is None or self.args.should_save:
+            return super().save_model(output_dir, _internal_call)
+        # transformers 5.17 saves in the process that writes alone.
+        self._save(output_dir)
+        if self.args.push_to_hub and not _internal_call:
+            self.push_to_hub()
+        return None
+
     def _whole_state(self) -> AbstractContextManager[Whole | None]:
         """Let all weights be asked for inside the `with` where checkpoints are written, if no process has them all."""
         return nullcontext() if self._chain is None else self._stationing.gathered()

@@ -7,7 +7,7 @@ from contextlib import contextmanager, nullcontext, suppress
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from hf_blocklocal.blocks import EndOfBlock
 from hf_blocklocal.data_parallel import sum_over_processes
@@ -67,15 +67,44 @@ class RunsApart(TakesStation):
         """Count over the copies of this block alone: the other processes of the chain have read the same."""
         if self._chain is None:
             return super()._get_num_items_in_batch(batch_samples, device)
-        average, self.args.average_tokens_across_devices = self.args.average_tokens_across_devices, False
         self._counting = True
         try:
-            count = super()._get_num_items_in_batch(batch_samples, device)
+            with self._counted_here() as average:
+                count = super()._get_num_items_in_batch(batch_samples, device)
         finally:
-            self.args.average_tokens_across_devices, self._counting = average, False
+            self._counting = False
         if average and self._chain.num_replicas > 1 and isinstance(count, Tensor):
             count = self._together(sum_over_processes, count, self._chain.replicas)
         return count
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Make up for the averaging of gradients over the copies of a block, not over all processes."""
+        if self._chain is None:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch, **kwargs)
+        with self._counted_here() as average:
+            result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch, **kwargs)
+        counts = getattr(self, "model_accepts_loss_kwargs", False) or self.compute_loss_func
+        if not (average and counts and num_items_in_batch is not None and self._chain.num_replicas > 1):
+            return result
+        if not return_outputs:
+            return result * self._chain.num_replicas
+        return (result[0] * self._chain.num_replicas, *result[1:])
+
+    @contextmanager
+    def _counted_here(self) -> Iterator[bool]:
+        """Keep the parent from counting over all processes inside the `with`; tell whether it would have."""
+        average, self.args.average_tokens_across_devices = self.args.average_tokens_across_devices, False
+        try:
+            yield average
+        finally:
+            self.args.average_tokens_across_devices = average
 
     def _teach_here(self, inputs: dict[str, Any], num_items_in_batch: Any) -> Tensor | None:
         """Run the forward pass, and the backward pass of the last block if it is here.
@@ -124,7 +153,9 @@ class RunsApart(TakesStation):
 
     def _of_run(self) -> dict[str, float]:
         """Return the mean loss of the last block over the steps of the run."""
-        return {"train_loss": self._told / max(self.state.global_step - self._initial_global_step, 1)}
+        # transformers 5.17 does not note where a resumed run began, and divides by all steps.
+        steps = self.state.global_step - getattr(self, "_initial_global_step", 0)
+        return {"train_loss": self._told / max(steps, 1)}
 
     def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
         """Save and stop, if this process has been told to end."""
