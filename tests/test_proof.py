@@ -10,7 +10,7 @@ from zoo import CONTINUE, SPECIMENS
 
 from hf_blocklocal import BlockLocalConfig, assemble
 from hf_blocklocal.errors import SplitError, UnsupportedSettingError
-from hf_blocklocal.parallel.needs import trace_needs
+from hf_blocklocal.parallel.needs import check_heads_look_up, trace_needs, used_by_heads
 from hf_blocklocal.parallel.proof import check_block_alone
 from hf_blocklocal.parallel.stage import unneeded_here
 
@@ -109,3 +109,30 @@ def test_the_states_of_an_encoder_are_not_known_where_the_decoder_is(borrow):
     batch = SPECIMENS["t5"].batch(0)
     assert checked(borrow("t5"), batch, 3, num_blocks=4) == ("encoder_last_hidden_state",)
     assert checked(borrow("t5"), batch, 1) == ()  # there the states of the encoder are what has arrived
+
+
+# ---- Heads ----
+
+
+def borrowing(name, num_blocks, frozen=()):
+    specimen = SPECIMENS[name]
+    model, batch = specimen.build(), specimen.batch(0)
+    for weight in frozen:
+        model.get_parameter(weight).requires_grad_(False)
+    assembly = assemble(model, BlockLocalConfig(num_blocks=num_blocks, head_layers=1, tied_weights="freeze"), batch)
+    return assembly, used_by_heads(assembly, batch)
+
+
+@pytest.mark.parametrize("name", ["bert", "distilbert", "gpt2", "llama", "mixtral", "vit"])
+def test_heads_use_what_later_blocks_train(name):
+    assembly, used = borrowing(name, 4)
+    check_heads_look_up(assembly, used)
+    assert all(any(assembly.owners[weight] > block for weight in names) for block, names in enumerate(used))
+
+
+def test_a_head_that_uses_what_an_earlier_block_trains_is_refused():
+    with pytest.raises(UnsupportedSettingError, match=r"head of block 1 of Deberta.*rel_embeddings.weight, which"):
+        check_heads_look_up(*borrowing("deberta_v2", 4))
+    check_heads_look_up(*borrowing("deberta_v2", 2))
+    shared = [f"deberta.encoder.{name}" for name in ("LayerNorm.bias", "LayerNorm.weight", "rel_embeddings.weight")]
+    check_heads_look_up(*borrowing("deberta_v2", 4, frozen=shared))

@@ -15,9 +15,9 @@ from hf_blocklocal.assembly import Assembly
 from hf_blocklocal.crossing import sent
 from hf_blocklocal.devices.copying import CopiesOnDevices, Place, Pool
 from hf_blocklocal.devices.hosting import Hosting, block_order
-from hf_blocklocal.devices.twins import Twins, make_twin, used_by_heads
+from hf_blocklocal.devices.twins import Twins, make_twin
 from hf_blocklocal.errors import UnsupportedSettingError
-from hf_blocklocal.parallel.needs import trace_needs
+from hf_blocklocal.parallel.needs import trace_needs, used_by_heads
 from hf_blocklocal.targets import Targets
 from hf_blocklocal.trace import evaluation_mode
 

@@ -15,15 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_blocklocal.anatomy import input_embedding, outputs_not_recorded
+from hf_blocklocal.anatomy import input_embedding
 from hf_blocklocal.assembly import Assembly
-from hf_blocklocal.blocks import Trail, reached_parameters
+from hf_blocklocal.blocks import Trail
 from hf_blocklocal.crossing import sent
 from hf_blocklocal.devices.copying import Place, Pool
 from hf_blocklocal.devices.shadows import Shadows, pairs_of
-from hf_blocklocal.parallel.needs import everything_trainable
 from hf_blocklocal.shortcut import Shortcut
-from hf_blocklocal.trace import evaluation_mode
 
 
 @dataclass(frozen=True)
@@ -39,30 +37,6 @@ class Twin:
     model: nn.Module
     lent: frozenset[Place]
     lower: frozenset[Place]
-
-
-def used_by_heads(assembly: Assembly, inputs: Mapping[str, Any]) -> list[set[str]]:
-    """Find out what the heads of a model borrow from it.
-
-    Args:
-        assembly: The model with heads that borrow layers, on one device.
-        inputs: A small batch with labels, on that device.
-
-    Returns:
-        For each block but the last, the names of the parameters that its logits depend on.
-    """
-    model, step = assembly.module.model, assembly.step
-    names = {parameter: name for name, parameter in model.named_parameters()}
-    used: list[set[str]] = []
-
-    def leave(block: int, hidden: Tensor, _router_logits: tuple[Tensor, ...]) -> None:
-        with outputs_not_recorded(), step.boundaries.suspended():
-            logits = step.shortcut.logits(block, hidden.detach(), inputs, step.boundaries.trail.detached())
-        used.append({names[parameter] for parameter in reached_parameters(logits)})
-
-    with everything_trainable(model), evaluation_mode(model), torch.enable_grad(), step.boundaries.attached(leave):
-        model(**inputs)
-    return used
 
 
 def make_twin(

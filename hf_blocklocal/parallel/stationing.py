@@ -17,7 +17,7 @@ from hf_blocklocal.parallel.batches import described, facts_of
 from hf_blocklocal.parallel.chain import Chain
 from hf_blocklocal.parallel.exchange import WeightExchange
 from hf_blocklocal.parallel.gathering import Gathered, gathered_at_first, give_to_all
-from hf_blocklocal.parallel.needs import trace_needs
+from hf_blocklocal.parallel.needs import check_heads_look_up, trace_needs, used_by_heads
 from hf_blocklocal.parallel.proof import check_block_alone
 from hf_blocklocal.parallel.stage import Stage, let_go_, move_, unneeded_here
 from hf_blocklocal.parallel.wire import TensorForm
@@ -66,6 +66,8 @@ class Stationing:
         self._facts: dict[str, Any] = {}
         self.names = {parameter: name for name, parameter in assembly.module.named_parameters()}
         self.owners = {p: block for block, mine in enumerate(assembly.parameters) for p in mine}
+        if assembly.step.shortcut is not None:
+            check_heads_look_up(assembly, used_by_heads(assembly, batch))
         needs = trace_needs(model, boundaries, batch)
         self.owners |= _holders_of_frozen(model, boundaries, needs.parameters)
         unneeded = unneeded_here(model, boundaries, chain.block, needs) - self._lent_as_it_is()
