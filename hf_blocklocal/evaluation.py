@@ -88,7 +88,10 @@ class BlockScores:
 
 
 def score(loss: LocalLoss, messages: Messages) -> Tensor:
-    """Return loss, hits and count of elements for each target, (N, 3); a regression has no hits."""
+    """Return loss, hits and count of elements for each target, (N, 3).
+
+    A regression has no hits, and the squared error as its loss, to be compared with that of the whole model.
+    """
     rows = []
     values = messages.targets.values
     for start in range(0, len(values), _CHUNK):
@@ -96,10 +99,16 @@ def score(loss: LocalLoss, messages: Messages) -> Tensor:
         targets = replace(messages.targets, values=values[part])
         chunk = Messages(messages.forward_NZ[part], messages.backward_CZ, targets)
         logits_NC = loss.logits(chunk)
-        loss_N = loss.of_logits(logits_NC, targets)
+        loss_N = _loss(loss, logits_NC, targets)
         hits_N, per_target = _hits(logits_NC, targets)
         rows.append(torch.stack([loss_N.float(), hits_N, torch.full_like(hits_N, per_target)], dim=1))
     return torch.cat(rows) if rows else values.new_zeros((0, 3), dtype=torch.float32)
+
+
+def _loss(loss: LocalLoss, logits_NC: Tensor, targets: Targets) -> Tensor:
+    if targets.task.target == "regression":  # as the model's own loss: the agreement of the head's is a quarter of it
+        return (logits_NC.float() - targets.values.float()).square().sum(-1)
+    return loss.of_logits(logits_NC, targets)
 
 
 def _hits(logits: Tensor, targets: Targets) -> tuple[Tensor, float]:
