@@ -82,12 +82,14 @@ class Emulated:
     Attributes:
         seconds: A pass of a rank's layers on a micro-batch.
         head: Cost of a head as a share of its block.
+        other_heads: Other such costs, for a stream each.
         megabytes: Size of a message.
         gigabits: What the slow link carries a second.
     """
 
     seconds: float
     head: float
+    other_heads: tuple[float, ...]
     megabytes: float
     gigabits: float
 
@@ -103,10 +105,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments.add_argument("--ranks", type=int, nargs="+", default=[2, 4], help="Numbers of ranks K.")
     arguments.add_argument("--seconds", type=float, default=0.04, help="A pass of a rank's layers on a micro-batch.")
     arguments.add_argument("--head", type=float, default=0.1, help="Cost of a head as a share of its block.")
+    arguments.add_argument("--other-heads", type=float, nargs="*", default=[0.01, 0.5], help="Other such costs.")
     arguments.add_argument("--megabytes", type=float, default=1.0, help="Size of a message.")
     arguments.add_argument("--gigabits", type=float, default=1.0, help="A second, over the slow link.")
     options = parse(arguments, argv)
-    emulated = Emulated(options.seconds, options.head, options.megabytes, options.gigabits)
+    emulated = Emulated(options.seconds, options.head, tuple(options.other_heads), options.megabytes, options.gigabits)
     rows = [row for blocks in options.ranks for row in measure(blocks, emulated)]
     show(rows)
     settings = {**asdict(emulated), "rounds": ROUNDS}
@@ -129,9 +132,11 @@ def _free_port() -> int:
 def _rank(rank: int, blocks: int, port: int, emulated: Emulated, results: Any) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=blocks)
+    streams = [(STREAM, emulated.head, None), (SLOW_STREAM, emulated.head, emulated.gigabits)]
+    streams += [(f"{STREAM}, heads of {head:.0%}", head, None) for head in emulated.other_heads]
     rows = [
-        _row(name, blocks, 1, emulated.seconds, list(_streamed(rank, blocks, emulated, gigabits)))
-        for name, gigabits in ((STREAM, None), (SLOW_STREAM, emulated.gigabits))
+        _row(name, blocks, 1, emulated.seconds, list(_streamed(rank, blocks, emulated, head, gigabits)))
+        for name, head, gigabits in streams
     ]
     for name in SCHEDULES:
         for micro_batches in MICRO_BATCHES:
@@ -203,7 +208,7 @@ def _pipeline(name: str, rank: int, blocks: int, micro_batches: int, emulated: E
     return run
 
 
-def _streamed(rank: int, blocks: int, emulated: Emulated, gigabits: float | None) -> Iterator[float]:
+def _streamed(rank: int, blocks: int, emulated: Emulated, head: float, gigabits: float | None) -> Iterator[float]:
     """Stream batches through the blocks and yield the seconds of a step, once the stream is filled, in each round."""
     from hf_blocklocal.parallel.stream import Inbox, Link, Outbox
 
@@ -235,7 +240,7 @@ def _streamed(rank: int, blocks: int, emulated: Emulated, gigabits: float | None
             output = block(arrived.requires_grad_())
             if outbox is not None:
                 outbox.send({"step": step}, output.detach())
-                time.sleep(3 * emulated.seconds * emulated.head)
+                time.sleep(3 * emulated.seconds * head)
             output.mean().backward()
             optimizer.step()
             optimizer.zero_grad()

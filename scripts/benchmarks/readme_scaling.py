@@ -41,7 +41,8 @@ def pipelining(report: dict[str, Any], place: str) -> list[str]:
         "**Measured on emulated devices**: utilisation, the share of time in which the ranks compute the model's own",
         f"passes, of K ranks with m micro-batches a batch; median of {settings['rounds']} rounds. A process per rank,",
         f"messages of {settings['megabytes']:g} MB over gloo, passes of {settings['seconds'] * 1e3:g} ms slept, a",
-        f"block-local head of {settings['head']:.0%} of its block, an optimizer step per batch;",
+        f"block-local head of {settings['head']:.0%} of its block if nothing else is said, an optimizer step per",
+        "batch;",
         f"{place.replace(', one run', '')}.",
         f"Over the slow link, {settings['gigabits']:g} Gb/s, a message is {link:.0f} ms under way.",
         "Empty where torch refuses so few micro-batches; with a single one, 1F1B does what GPipe does.",
@@ -64,7 +65,7 @@ def pipelining(report: dict[str, Any], place: str) -> list[str]:
             cells = [_cell(value, bold=bold) for value, bold in zip(given, ahead, strict=True)]
             lines.append(f"| {name} | {' | '.join(cells)} |")
         lines.append("")
-    return [*lines, "Schedules that are ahead of block-local are bold."]
+    return [*lines, f"Schedules that are ahead of block-local with heads of {settings['head']:.0%} are bold."]
 
 
 def loading(report: dict[str, Any], place: str) -> list[str]:
