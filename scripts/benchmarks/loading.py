@@ -84,7 +84,7 @@ def work(told: Path, size: Size, options: argparse.Namespace) -> None:
     prepare(options)
     from transformers import AutoModelForCausalLM
 
-    import hf_blocklocal  # noqa: F401 - what libraries need comes first
+    from hf_blocklocal import BlockLocalTrainer  # noqa: F401 - what libraries need comes first
 
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     build_model("decoder", Size(layers=1, width=64, vocabulary=64))
