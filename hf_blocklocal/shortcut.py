@@ -22,7 +22,7 @@ from hf_blocklocal.anatomy import is_encoder_decoder
 from hf_blocklocal.blocks import Cut, Trail
 from hf_blocklocal.copies import Copies
 from hf_blocklocal.lending import read_only, replaced_forward, run_inside, statistics_kept, statistics_of
-from hf_blocklocal.signals import beside_hidden
+from hf_blocklocal.signals import beside_hidden, given_hidden
 from hf_blocklocal.spans import has_spans, span_logits
 from hf_blocklocal.trace import Trace
 
@@ -155,7 +155,7 @@ class Shortcut:
         form, forward = self._trace.forms[index], self._layers[index].forward
 
         def pass_on(*args: Any, **kwargs: Any) -> Any:
-            hidden = args[0] if args else kwargs["hidden_states"]
+            hidden = given_hidden(args, kwargs)
             if form == 0:
                 return hidden
             handed_on = beside.before(index)

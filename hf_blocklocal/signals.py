@@ -13,6 +13,20 @@ def given_hidden(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | N
     return args[0] if args else kwargs.get(hidden_name_in(kwargs))
 
 
+def hands_on(form: int) -> Callable[..., Any]:
+    """Return a forward that hands on the hidden state that a layer is given.
+
+    Args:
+        form: 0 for a layer that returns its hidden state, n for one that returns a tuple of n that starts with it.
+    """
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        hidden = given_hidden(args, kwargs)
+        return hidden if form == 0 else (hidden, *[None] * (form - 1))
+
+    return forward
+
+
 def with_hidden(args: tuple[Any, ...], kwargs: Mapping[str, Any], hidden: Tensor) -> tuple[Any, Any]:
     """Return the arguments of a layer with another hidden state in them."""
     return ((hidden, *args[1:]), dict(kwargs)) if args else (args, {**kwargs, hidden_name_in(kwargs): hidden})

@@ -23,7 +23,7 @@ from hf_blocklocal.config import BlockLocalConfig
 from hf_blocklocal.depth.opening import Opened, Source, logits_of_head, open_trained
 from hf_blocklocal.errors import UnsupportedSettingError
 from hf_blocklocal.lending import replaced_forward
-from hf_blocklocal.signals import map_tensors
+from hf_blocklocal.signals import hands_on, map_tensors
 from hf_blocklocal.targets import Targets
 from hf_blocklocal.trace import evaluation_mode
 
@@ -147,7 +147,7 @@ class EarlyExit(nn.Module):
                 span = self.assembly.cut.spans[start.block]
                 for index in range(span.stop):
                     given, form = start.given(index, span.last), self.assembly.forms[index]
-                    forward = _passing_on(form) if given is None else _returning(given, form)
+                    forward = hands_on(form) if given is None else _returning(given, form)
                     stack.enter_context(replaced_forward(self._layers[index], forward))
             stack.enter_context(self.assembly.step.boundaries.attached(leave))
             yield
@@ -243,14 +243,6 @@ def _rows_of(values: dict[str, Any], goes_on_A: Tensor) -> dict[str, Any]:
     return map_tensors(
         {name: dict(value) if isinstance(value, Mapping) else value for name, value in values.items()}, pick
     )
-
-
-def _passing_on(form: int) -> Callable[..., Any]:
-    def forward(*args: Any, **kwargs: Any) -> Any:
-        hidden = args[0] if args else kwargs["hidden_states"]
-        return hidden if form == 0 else (hidden, *[None] * (form - 1))
-
-    return forward
 
 
 def _returning(given: tuple[Any, ...], form: int) -> Callable[..., Any]:

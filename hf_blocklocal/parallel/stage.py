@@ -20,7 +20,7 @@ from hf_blocklocal.anatomy import input_embedding, output_embedding
 from hf_blocklocal.blocks import Boundaries
 from hf_blocklocal.lending import replaced_forward
 from hf_blocklocal.parallel.needs import Needs
-from hf_blocklocal.signals import given_hidden, map_tensors
+from hf_blocklocal.signals import hands_on, map_tensors
 
 
 class Stage:
@@ -73,7 +73,7 @@ class Stage:
             for table in self._embeddings:
                 stack.enter_context(replaced_forward(table, self._nothing(table.weight.shape[-1], table.weight.dtype)))
             for index in range(self._span.start):
-                forward = self._arrival if index == self._span.start - 1 else _hands_on(self._forms[index])
+                forward = self._arrival if index == self._span.start - 1 else hands_on(self._forms[index])
                 stack.enter_context(replaced_forward(self._layers[index], self._unless_suspended(index, forward)))
             if self.block < self._boundaries.cut.num_blocks - 1:
                 last = self._layers[self._span.last]
@@ -122,14 +122,6 @@ def sides_of(args: tuple[Any, ...], kwargs: Mapping[str, Any], names: Set[int | 
     """Return those of a layer's arguments that the block above needs, each behind its position or name."""
     given = {**dict(enumerate(args)), **kwargs}
     return [[name, given[name]] for name in sorted(names, key=str) if name in given]
-
-
-def _hands_on(form: int) -> Callable[..., Any]:
-    def forward(*args: Any, **kwargs: Any) -> Any:
-        hidden = given_hidden(args, kwargs)
-        return hidden if form == 0 else (hidden, *[None] * (form - 1))
-
-    return forward
 
 
 def unneeded_here(model: nn.Module, boundaries: Boundaries, block: int, needs: Needs) -> set[str]:

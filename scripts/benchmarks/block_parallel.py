@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import socket
 import tempfile
 import time
 from collections.abc import Sequence
@@ -33,7 +32,7 @@ from common import (
     parser,
     prepare,
     print_table,
-    run_script,
+    run_processes,
     write_report,
 )
 
@@ -77,18 +76,9 @@ def main(argv: Sequence[str] | None = None) -> None:
 def start(way: str, options: argparse.Namespace) -> list[dict[str, float]]:
     """Train in a way once; return what each process has told."""
     processes, _, _ = WAYS[way]
-    with tempfile.TemporaryDirectory() as folder, socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port = listener.getsockname()[1]
-        listener.close()
-        command = [str(Path(__file__)), *options.words, "--work", way]
-        if processes > 1:
-            launch = ["--multi_gpu", "--num_processes", str(processes), "--num_machines", "1"]
-            launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", str(port)]
-            command = ["-m", "accelerate.commands.launch", *launch, *command]
-        environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": str(options.threads)}
-        environment["BENCHMARK_FOLDER"] = folder
-        run_script(command, environment)
+    with tempfile.TemporaryDirectory() as folder:
+        environment = {"OMP_NUM_THREADS": str(options.threads), "BENCHMARK_FOLDER": folder}
+        run_processes(__file__, [*options.words, "--work", way], processes, environment)
         return [json.loads(path.read_text()) for path in sorted(Path(folder).glob("told-*.json"))]
 
 

@@ -10,6 +10,7 @@ import json
 import math
 import os
 import platform
+import socket
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -206,6 +207,26 @@ def parse(arguments: argparse.ArgumentParser, argv: Sequence[str] | None) -> arg
     options = arguments.parse_args(words)
     options.words = words
     return options
+
+
+def run_processes(script: str, words: Sequence[str], processes: int, environment: Mapping[str, str]) -> None:
+    """Run a script in one process, or in several under `accelerate launch`, on the CPU.
+
+    Args:
+        script: The script.
+        words: Its arguments.
+        processes: How many processes.
+        environment: What the environment holds beside that of this process.
+    """
+    command = [script, *words]
+    if processes > 1:
+        with socket.socket() as listener:
+            listener.bind(("127.0.0.1", 0))
+            port = listener.getsockname()[1]
+        launch = ["--multi_gpu", "--num_processes", str(processes), "--num_machines", "1", "--mixed_precision", "no"]
+        launch += ["--dynamo_backend", "no", "--main_process_port", str(port)]
+        command = ["-m", "accelerate.commands.launch", *launch, *command]
+    run_script(command, os.environ | {"ACCELERATE_USE_CPU": "true"} | environment)
 
 
 def run_script(command: Sequence[str], environment: Mapping[str, str]) -> None:

@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import socket
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -30,7 +29,7 @@ from common import (
     parser,
     prepare,
     print_table,
-    run_script,
+    run_processes,
     write_report,
 )
 
@@ -65,16 +64,8 @@ def start(processes: int, folder: Path, options: argparse.Namespace) -> dict[str
     """Run processes and return what each has told, by block."""
     told = folder / str(processes)
     told.mkdir()
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port = listener.getsockname()[1]
-    command = [str(Path(__file__)), *options.words, "--work", str(told)]
-    if processes > 1:
-        launch = ["--multi_gpu", "--num_processes", str(processes), "--num_machines", "1", "--mixed_precision", "no"]
-        launch += ["--dynamo_backend", "no", "--main_process_port", str(port)]
-        command = ["-m", "accelerate.commands.launch", *launch, *command]
-    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": str(options.threads)}
-    run_script(command, environment)
+    words = [*options.words, "--work", str(told)]
+    run_processes(__file__, words, processes, {"OMP_NUM_THREADS": str(options.threads)})
     by_block = [json.loads((told / f"{block}.json").read_text()) for block in range(processes)]
     return {"processes": processes, "by_block": by_block}
 

@@ -110,17 +110,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments.add_argument("--gigabits", type=float, default=1.0, help="A second, over the slow link.")
     options = parse(arguments, argv)
     emulated = Emulated(options.seconds, options.head, tuple(options.other_heads), options.megabytes, options.gigabits)
-    rows = [row for blocks in options.ranks for row in measure(blocks, emulated)]
+    rows = [row for blocks in options.ranks for row in measure(blocks, emulated, options.threads)]
     show(rows)
     settings = {**asdict(emulated), "rounds": ROUNDS}
     print(f"\nWritten to {write_report('pipelining', 'cpu', options, {'settings': settings, 'rows': rows})}")
 
 
-def measure(blocks: int, emulated: Emulated) -> list[dict[str, Any]]:
+def measure(blocks: int, emulated: Emulated, threads: int) -> list[dict[str, Any]]:
     """Run everything on some ranks. Returns a row for each schedule and number of micro-batches."""
     context = mp.get_context("spawn")
     results = context.SimpleQueue()
-    mp.spawn(_rank, (blocks, _free_port(), emulated, results), nprocs=blocks)
+    mp.spawn(_rank, (blocks, _free_port(), emulated, threads, results), nprocs=blocks)
     return results.get()
 
 
@@ -129,8 +129,8 @@ def _free_port() -> int:
     return store.port
 
 
-def _rank(rank: int, blocks: int, port: int, emulated: Emulated, results: Any) -> None:
-    torch.set_num_threads(1)
+def _rank(rank: int, blocks: int, port: int, emulated: Emulated, threads: int, results: Any) -> None:
+    torch.set_num_threads(threads)
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=blocks)
     streams = [(STREAM, emulated.head, None), (SLOW_STREAM, emulated.head, emulated.gigabits)]
     streams += [(f"{STREAM}, heads of {head:.0%}", head, None) for head in emulated.other_heads]

@@ -248,17 +248,18 @@ def lora(report: dict[str, Any]) -> list[str]:
     sys.path.insert(0, str(HERE))
     from lora import HEADER, cells
 
-    settings = report["settings"]
+    settings, rows = report["settings"], report["rows"]
+    spread = max(max(row["seconds"]) / min(row["seconds"]) for row in rows)
     return [
         f"MiniLM, docstrings to chapters, K = {settings['blocks']}, {settings['texts']} texts, "
         f"{settings['budget']['num_train_epochs']} epochs",
         f"({where(report).replace(', one run', '')}). Mean ± standard deviation",
         f"over {settings['seeds']} seeds. °: the best learning rate is at the edge of the grid.",
-        "Other work on the same cores stretched some runs to almost three times others, so read times as rough.",
+        f"Train times of one row differ by up to {spread:.1f} times: read them as rough.",
         "",
         f"| {' | '.join(HEADER)} |",
         f"|{'---|' * len(HEADER)}",
-        *(f"| {' | '.join(cells(row))} |" for row in report["rows"]),
+        *(f"| {' | '.join(cells(row))} |" for row in rows),
     ]
 
 
