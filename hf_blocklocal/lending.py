@@ -1,4 +1,4 @@
-"""Borrow from a running model: its forward, that of a layer, gradients, running statistics. All is given back."""
+"""Borrow from a running model: its forward, that of a layer, weights, gradients, statistics. All is given back."""
 
 from __future__ import annotations
 
@@ -33,6 +33,30 @@ def replaced_forward(layer: nn.Module, forward: Callable[..., Any]) -> Iterator[
             del layer.forward
         else:
             layer.forward = own
+
+
+@contextmanager
+def replaced_tensors(model: nn.Module, stand_ins: Mapping[Tensor, Tensor]) -> Iterator[None]:
+    """Let other tensors stand for parameters and buffers of a model inside the `with`, wherever it uses them.
+
+    Args:
+        model: The model.
+        stand_ins: For each parameter or buffer that is to be replaced, what stands for it.
+    """
+    own = [
+        (holder, name, tensor)
+        for module in model.modules()
+        for holder in (module._parameters, module._buffers)
+        for name, tensor in holder.items()
+        if tensor in stand_ins
+    ]
+    for holder, name, tensor in own:
+        holder[name] = stand_ins[tensor]
+    try:
+        yield
+    finally:
+        for holder, name, tensor in own:
+            holder[name] = tensor
 
 
 @contextmanager

@@ -133,12 +133,10 @@ def check_block_parallel(args: TrainingArguments, config: BlockLocalConfig) -> N
             str(args.include_num_input_tokens_seen).lower() not in ("false", "no"),
             "it counts over all processes at every step, which none could then run ahead of",
         ),
-        "predict_with_generate": (
-            bool(getattr(args, "predict_with_generate", False)),
-            "no process has the whole model to write with; generate with trainer.whole_model()",
-        ),
         "save_on_each_node": (bool(args.save_on_each_node), "only the first process is given what is to be saved"),
         "eval_use_gather_object": (bool(args.eval_use_gather_object), "predictions are gathered as tensors"),
+        "fp16_full_eval": (bool(args.fp16_full_eval), "it moves the whole model, of which most is elsewhere"),
+        "bf16_full_eval": (bool(args.bf16_full_eval), "it moves the whole model, of which most is elsewhere"),
         "fp16": (
             bool(args.fp16) or getattr(args, "mixed_precision", None) == "fp16",
             "the loss scale of one process would differ from that of another; use bf16",

@@ -29,6 +29,7 @@ BEST = {
     "load_best_model_at_end": True,
     "metric_for_best_model": "block_0_loss",
 }
+WRITTEN = {**BEST, "metric_for_best_model": "written"}
 # What only block-parallel training fills in by itself.
 REFRESHED = {"head_refresh_steps": 10}
 # Cases of two processes, each with the block-parallel size that it gets there.
@@ -59,6 +60,14 @@ TWO = {
         "config": {"head_layers": 0, "head_refresh_steps": 3, "head_refresh_lag": 1},
     },
     "t5": {"specimen": "t5", "dropout": 0.1, "config": {"tied_weights": "freeze"}},
+    "t5, writing": {
+        "specimen": "t5",
+        "dropout": 0.1,
+        "args": {**WRITTEN, "eval_steps": 1, "save_steps": 1},
+        "patience": 1,
+        "writes": {"max_length": 7, "num_beams": 2},
+        "config": {"tied_weights": "freeze", "head_refresh_steps": 10, "head_refresh_lag": 1},
+    },
     "bert, LoRA": {
         "specimen": "bert",
         "dropout": 0.1,
@@ -103,6 +112,18 @@ FOUR = {
     "bert in 4": {"specimen": "bert", "dropout": 0.1, "config": {"num_blocks": 4, "head_layers": 2}},
     "t5 in 4": {"specimen": "t5", "dropout": 0.1, "config": {"num_blocks": 4, "tied_weights": "freeze"}},
     "deberta in 4": {"specimen": "deberta_v2", "config": {"num_blocks": 4, "head_layers": 0}},
+    "bart in 4, writing": {
+        "specimen": "bart",
+        "dropout": 0.1,
+        "args": WRITTEN,
+        "writes": {"max_new_tokens": 6, "do_sample": True},
+        "config": {
+            "num_blocks": 4,
+            "tied_weights": "freeze",
+            "head_refresh_steps": 10,
+            "head_refresh_lag": 2,
+        },
+    },
 }
 # Two chains of two blocks, against two processes with both blocks each.
 CHAINS = {
@@ -112,6 +133,14 @@ CHAINS = {
         "batch_size": 2,
         "dropout": 0.1,
         "config": {"head_layers": 0, "tied_weights": "freeze"},
+    },
+    "t5 in chains, writing": {
+        "specimen": "t5",
+        "batch_size": 2,
+        "dropout": 0.1,
+        "args": WRITTEN,
+        "writes": {},
+        "config": {"tied_weights": "freeze", "head_refresh_steps": 10, "head_refresh_lag": 1},
     },
 }
 COUNTED = {
@@ -125,7 +154,7 @@ COUNTED = {
 def settled(case, *, processes):
     """Return a case as it is to be run in one process, or in one for every block."""
     config = {"num_blocks": 2, **case["config"]}
-    borrows = config.get("head_layers") != 0 and case["specimen"] != "t5"
+    borrows = config.get("head_layers") != 0 and case["specimen"] not in ("t5", "bart")
     if processes == 1 and borrows and not any(name.startswith("head_refresh") for name in config):
         config |= REFRESHED | {"head_refresh_lag": 1 + (config["num_blocks"] - 1) // 3}
     return case | {"config": config | ({"block_parallel_size": processes} if processes > 1 else {})}
@@ -245,6 +274,18 @@ def test_the_history_says_who_worked_when(runs):
 def test_the_whole_model_generates_in_every_process(runs):
     logs = logs_of(runs / "two" / "gpt2")
     assert [len(log["generated"][0]) for log in logs] == [9, 9]
+
+
+def test_one_process_of_a_chain_has_the_whole_model_while_it_generates(runs):
+    writing = {"t5, writing": ("one", "two", 2), "bart in 4, writing": ("one", "four", 4)}
+    for name, (first, second, blocks) in {**writing, "t5 in chains, writing": ("two", "four", 2)}.items():
+        for rank, log in enumerate(logs_of(runs / second / name)):
+            most, left = log["brought"]
+            assert (most > 0) == (rank % blocks == blocks - 1)
+            assert left == 0
+            assert log["metrics"]["eval_texts"] == 11
+        configs = [(runs / place / name / "final" / "generation_config.json").read_text() for place in (first, second)]
+        assert configs[0] == configs[1]
 
 
 def test_nothing_stalls_the_stream(runs):

@@ -58,6 +58,16 @@ def test_a_process_that_hangs_in_an_evaluation_ends_all(tmp_path):
     assert seconds < 100
 
 
+def test_a_process_that_hangs_while_another_generates_ends_all(tmp_path):
+    """The one that generates takes longer than a sign of life may, for a batch in which nobody hangs too."""
+    generating = {"specimen": "t5", "writes": {}, "slow": [1, 0.3], "args": {"max_steps": 1}}
+    said, seconds = failed(tmp_path, silent=[0, 1], evaluating=True, config={"peer_timeout": 4.0}, **generating)
+    assert "BlockPeerError: Block 0 (rank 0) has shown no sign of life for" in said
+    assert "Block 1 (rank 1) was at step 1" in said
+    assert "in generate" in said
+    assert seconds < 100
+
+
 def test_a_chain_that_hangs_ends_the_other_chains(tmp_path):
     """They wait for it where gradients are averaged, and nowhere else."""
     said, seconds = failed(tmp_path, processes=4, silent=[3, 5], config={"peer_timeout": 4.0})

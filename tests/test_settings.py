@@ -190,7 +190,8 @@ def test_a_model_that_gathers_over_all_layers_is_refused_where_a_process_has_one
         ("auto_find_batch_size", True),
         ("train_sampling_strategy", "group_by_length"),
         ("include_num_input_tokens_seen", "all"),
-        ("predict_with_generate", True),
+        ("bf16_full_eval", True),
+        ("fp16_full_eval", True),
         ("save_on_each_node", True),
         ("eval_use_gather_object", True),
         ("fp16", True),
@@ -199,6 +200,7 @@ def test_a_model_that_gathers_over_all_layers_is_refused_where_a_process_has_one
 def test_what_a_process_with_one_block_cannot_do_is_refused(option, value, tmp_path):
     config = BlockLocalConfig(num_blocks=2, block_parallel_size=2)
     args = Seq2SeqTrainingArguments(output_dir=str(tmp_path), report_to="none", use_cpu=True)
+    args.predict_with_generate = True
     check_block_parallel(args, config)
     setattr(args, option, value)
     named = "group_by_length" if option == "train_sampling_strategy" else option

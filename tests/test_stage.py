@@ -10,6 +10,7 @@ from zoo import SPECIMENS
 
 from hf_blocklocal import BlockLocalConfig, assemble
 from hf_blocklocal.blocks import EndOfBlock
+from hf_blocklocal.lending import replaced_tensors
 from hf_blocklocal.parallel.needs import trace_needs
 from hf_blocklocal.parallel.stage import Stage, let_go_, unneeded_here
 
@@ -73,6 +74,23 @@ def test_blocks_by_themselves_learn_what_they_learn_together(name, num_blocks):
     assert found.keys() == expected.keys()
     for key, gradient in expected.items():
         assert torch.equal(found[key], gradient), key
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_block_that_is_lent_the_others_runs_the_whole_model(name):
+    whole, batch = assembled(name, 4)
+    expected = whole.module.model.eval()(**batch)
+    assembly, batch, sent = staged(name, 4, 3, None)
+    model, boundaries = assembly.module.model.eval(), assembly.step.boundaries
+    lent = dict(whole.module.model.named_parameters())
+    stand_ins = {parameter: lent[key] for key, parameter in model.named_parameters() if parameter.is_meta}
+    assert len(stand_ins) > 0
+    with boundaries.attached(lambda *_: None), replaced_tensors(model, stand_ins), boundaries.suspended():
+        outputs = model(**batch)
+    assert torch.equal(outputs.logits, expected.logits)
+    assert not sent
+    assert all(parameter.is_meta for parameter in stand_ins)
+    assert set(stand_ins) <= set(model.parameters())
 
 
 def test_what_is_gone_takes_no_memory_and_keeps_its_name():

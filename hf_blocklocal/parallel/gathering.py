@@ -47,9 +47,9 @@ class Gathered(Mapping[str, Tensor]):
         return self.chain.together(self._ask_for, rank, place, self.forms[name])
 
     def _ask_for(self, rank: int, place: int, form: TensorForm) -> Tensor:
-        dist.send(torch.tensor([place]), rank, group=self.chain.control)
+        dist.send(torch.tensor([place]), rank, group=self.chain.control_of_blocks)
         tensor = form.empty(torch.device("cpu"))
-        dist.recv(tensor, rank, group=self.chain.control)
+        dist.recv(tensor, rank, group=self.chain.control_of_blocks)
         return tensor
 
 
@@ -57,48 +57,65 @@ class Gathered(Mapping[str, Tensor]):
 def gathered_at_first(chain: Chain, tensors: Mapping[str, Tensor], facts: Any = None) -> Iterator[Gathered]:
     """Let the process that writes checkpoints ask for named tensors of all blocks inside the `with`.
 
-    All processes must enter it. Those of the other blocks of the first chain, of which other chains are copies, answer
-    until that process has left it, and then have an empty collection, as all others have.
+    All processes must enter it. It is `gathered_at` in the first chain; other chains are copies of that, and have an
+    empty collection.
+    """
+    if chain.replica > 0:
+        yield Gathered(chain)
+        return
+    with gathered_at(chain, 0, tensors, facts) as gathered:
+        yield gathered
+
+
+@contextmanager
+def gathered_at(chain: Chain, block: int, tensors: Mapping[str, Tensor], facts: Any = None) -> Iterator[Gathered]:
+    """Let the process of one block of this chain ask for named tensors of all blocks inside the `with`.
+
+    All processes of the chain must enter it. The others answer until that one has left it, and then have an empty
+    collection.
 
     Args:
         chain: The place of this process.
+        block: The block whose process asks.
         tensors: What this process holds, under names that no other block uses.
         facts: Anything else that it has to say, of plain values.
     """
-    gathered = Gathered(chain)
-    if chain.replica == 0 and chain.block > 0:
-        chain.together(_answer, chain, tensors, facts)
-    elif chain.writes:
-        gathered.said.append(facts)
-        gathered._here = tensors
-        gathered.forms |= {name: TensorForm.of(tensor) for name, tensor in tensors.items()}
-        for rank in range(1, chain.num_blocks):
-            chain.together(_be_told, gathered, rank)
+    gathered, asking = Gathered(chain), chain.first_rank + block
+    others = [rank for rank in range(chain.first_rank, chain.last_rank + 1) if rank != asking]
+    if chain.block != block:
+        chain.together(_answer, chain, asking, tensors, facts)
+        yield gathered
+        return
+    gathered.said.append(facts)
+    gathered._here = tensors
+    gathered.forms |= {name: TensorForm.of(tensor) for name, tensor in tensors.items()}
+    for rank in others:
+        chain.together(_be_told, gathered, rank)
     yield gathered
-    if chain.writes:
-        for rank in range(1, chain.num_blocks):
-            chain.together(dist.send, torch.tensor([_ENOUGH]), rank, group=chain.control)
+    for rank in others:
+        chain.together(dist.send, torch.tensor([_ENOUGH]), rank, group=chain.control_of_blocks)
 
 
-def _answer(chain: Chain, tensors: Mapping[str, Tensor], facts: Any) -> None:
+def _answer(chain: Chain, asking: int, tensors: Mapping[str, Tensor], facts: Any) -> None:
     """Say what there is, and send what is asked for."""
+    group = chain.control_of_blocks
     forms = [[name, *_form(tensor)] for name, tensor in tensors.items()]
     description, said = take_apart([forms, facts])
     assert not said, "facts are plain values"
     message = encoded({"value": description})
-    dist.send(torch.tensor([len(message)]), 0, group=chain.control)
-    dist.send(message, 0, group=chain.control)
+    dist.send(torch.tensor([len(message)]), asking, group=group)
+    dist.send(message, asking, group=group)
     here, place = list(tensors.values()), torch.empty(1, dtype=torch.int64)
     while True:
-        dist.recv(place, 0, group=chain.control)
+        dist.recv(place, asking, group=group)
         if place.item() == _ENOUGH:
             return
-        dist.send(here[place.item()].detach().cpu().contiguous(), 0, group=chain.control)
+        dist.send(here[place.item()].detach().cpu().contiguous(), asking, group=group)
 
 
 def _be_told(gathered: Gathered, rank: int) -> None:
     """Take down what another process has."""
-    group, length = gathered.chain.control, torch.empty(1, dtype=torch.int64)
+    group, length = gathered.chain.control_of_blocks, torch.empty(1, dtype=torch.int64)
     dist.recv(length, rank, group=group)
     message = torch.empty(int(length), dtype=torch.uint8)
     dist.recv(message, rank, group=group)

@@ -71,10 +71,11 @@ class Stage:
         """Let something stand in, inside the `with`, for the layers below the block."""
         with ExitStack() as stack:
             for table in self._embeddings:
-                stack.enter_context(replaced_forward(table, self._nothing(table.weight.shape[-1], table.weight.dtype)))
-            for index in range(self._span.start):
+                forward = self._nothing(table.weight.shape[-1], table.weight.dtype)
+                stack.enter_context(replaced_forward(table, self._unless_suspended(table, forward)))
+            for index, layer in enumerate(self._layers[: self._span.start]):
                 forward = self._arrival if index == self._span.start - 1 else hands_on(self._forms[index])
-                stack.enter_context(replaced_forward(self._layers[index], self._unless_suspended(index, forward)))
+                stack.enter_context(replaced_forward(layer, self._unless_suspended(layer, forward)))
             if self.block < self._boundaries.cut.num_blocks - 1:
                 last = self._layers[self._span.last]
                 stack.callback(last.register_forward_pre_hook(self._note_for_above, with_kwargs=True).remove)
@@ -109,8 +110,8 @@ class Stage:
             return
         self._for_above = map_tensors(sides_of(args, kwargs, self._wanted_above), Tensor.detach)
 
-    def _unless_suspended(self, index: int, forward: Callable[..., Any]) -> Callable[..., Any]:
-        own = self._layers[index].forward
+    def _unless_suspended(self, module: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:
+        own = module.forward
 
         def run(*args: Any, **kwargs: Any) -> Any:
             return own(*args, **kwargs) if self._boundaries.is_suspended else forward(*args, **kwargs)

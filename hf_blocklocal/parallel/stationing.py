@@ -13,10 +13,11 @@ from torch import Tensor, nn
 from hf_blocklocal.assembly import Assembly
 from hf_blocklocal.blocks import Boundaries
 from hf_blocklocal.errors import BatchMismatchError, UnsupportedSettingError
+from hf_blocklocal.lending import replaced_tensors
 from hf_blocklocal.parallel.batches import described, facts_of
 from hf_blocklocal.parallel.chain import Chain
 from hf_blocklocal.parallel.exchange import WeightExchange
-from hf_blocklocal.parallel.gathering import Gathered, gathered_at_first, give_to_all
+from hf_blocklocal.parallel.gathering import Gathered, gathered_at, gathered_at_first, give_to_all
 from hf_blocklocal.parallel.needs import check_heads_look_up, trace_needs, used_by_heads
 from hf_blocklocal.parallel.proof import check_block_alone
 from hf_blocklocal.parallel.stage import Stage, let_go_, move_, unneeded_here
@@ -64,6 +65,7 @@ class Stationing:
         self._assembly, self._chain = assembly, chain
         model, boundaries = assembly.module.model, assembly.step.boundaries
         self._facts: dict[str, Any] = {}
+        self._brought: dict[Tensor, Tensor] = {}
         self.names = {parameter: name for name, parameter in assembly.module.named_parameters()}
         self.owners = {p: block for block, mine in enumerate(assembly.parameters) for p in mine}
         if assembly.step.shortcut is not None:
@@ -153,6 +155,40 @@ class Stationing:
             whole = type(model)._from_config(model.config)
         whole.load_state_dict({name.removeprefix("model."): tensor for name, tensor in weights.items()})
         return whole.eval()
+
+    @contextmanager
+    def brought_to_last(self) -> Iterator[None]:
+        """Hold what other blocks have of the model inside the `with` too, if the last block is here; see `as_whole`.
+
+        All processes of a chain must enter it together.
+        """
+        module, here = self._assembly.module, self.state()
+        tensors = {name: parameter for parameter, name in self.names.items()} | dict(module.named_buffers())
+        with gathered_at(self._chain, self._chain.num_blocks - 1, here) as gathered:
+            for name in gathered:
+                if name not in here and name.startswith("model."):
+                    brought = gathered[name].to(self._chain.device)
+                    is_weight = isinstance(tensors[name], nn.Parameter)
+                    self._brought[tensors[name]] = nn.Parameter(brought, requires_grad=False) if is_weight else brought
+        try:
+            yield
+        finally:
+            self._brought.clear()
+
+    @contextmanager
+    def as_whole(self) -> Iterator[None]:
+        """Let the model run inside the `with`, for example to generate, as if all blocks were here.
+
+        It needs what `brought_to_last` brings, and looks around whenever the last layer runs.
+        """
+        boundaries, module = self._assembly.step.boundaries, self._assembly.module
+        last = module.model.get_submodule(boundaries.cut.layers[-1])
+        looking = last.register_forward_pre_hook(lambda *_: self._chain.peers.check_all())
+        try:
+            with replaced_tensors(module.model, self._brought), boundaries.suspended():
+                yield
+        finally:
+            looking.remove()
 
     def _lent_as_it_is(self) -> set[str]:
         """Return the names of what this block's head uses of later blocks and nobody trains."""

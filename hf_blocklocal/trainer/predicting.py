@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext, suppress
+import json
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext, suppress
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.trainer_pt_utils import nested_detach
 
 from hf_blocklocal.blocks import EndOfBlock
 from hf_blocklocal.parallel.gathering import gather_samples, share_from_last, sum_over_blocks
@@ -45,26 +46,41 @@ class PredictsApart(RunsApart):
             return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys, **kwargs)
         inputs = self._prepare_inputs(inputs)
         self._announce(inputs, "evaluation")
-        if self._chain.is_last:
-            if ignore_keys is None:
-                config = getattr(self.model, "config", None)
-                ignore_keys = getattr(config, "keys_to_ignore_at_inference", ["past_key_values"])
-            ignored = [*ignore_keys, *self._stationing.unknown_outputs]
-            loss, logits, labels = super().prediction_step(model, inputs, prediction_loss_only, ignored, **kwargs)
-            share_from_last(self._chain, (loss, logits), self.args.device)
-            return loss, logits, labels
-        with suppress(EndOfBlock), torch.no_grad(), self.compute_loss_context_manager():
-            model(**inputs)
-        loss, logits = share_from_last(self._chain, None, self.args.device)
-        labels = tuple(nested_detach(inputs[name]) for name in self.label_names if inputs.get(name) is not None)
-        with_labels = not prediction_loss_only and len(labels) == len(self.label_names) > 0
-        return loss, logits, (labels if len(labels) > 1 else labels[0]) if with_labels else None
+        if not self._chain.is_last:
+            with suppress(EndOfBlock), torch.no_grad(), self.compute_loss_context_manager():
+                model(**inputs)
+        if ignore_keys is None:
+            config = getattr(self.model, "config", None)
+            ignore_keys = getattr(config, "keys_to_ignore_at_inference", ["past_key_values"])
+        ignored = [*ignore_keys, *self._stationing.unknown_outputs]
+        return self._as_last_says(super().prediction_step, model, inputs, prediction_loss_only, ignored, **kwargs)
+
+    def _as_last_says(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Run a function where the last block is, and return in all processes of the chain what it returns there."""
+        said = function(*args, **kwargs) if self._chain.is_last else None
+        shared = share_from_last(self._chain, said, self.args.device)
+        return said if self._chain.is_last else shared
 
     def _cut_here(self) -> Any:
         """Cut the forward pass that runs inside the `with`, if this process has but one block."""
         if self._chain is None:
             return nullcontext()
         return self.assembly.step.boundaries.attached(lambda *_: None)
+
+    def _whole_at_last(self) -> AbstractContextManager[None]:
+        """Bring what all blocks have to the process with the last one inside the `with`, if they are apart."""
+        return nullcontext() if self._chain is None else self._stationing.brought_to_last()
+
+    def _go_on_as_last(self) -> None:
+        """Take over what generating has changed where the last block is: random numbers, and the generation config."""
+        if self._chain is None:
+            return
+        config = self.model.generation_config
+        said = (torch.get_rng_state().to(self.args.device), config.to_json_string(use_diff=False))
+        state, text = self._as_last_says(lambda: said)
+        if not self._chain.is_last:
+            torch.set_rng_state(state.cpu())
+            self.model.generation_config = type(config).from_dict(json.loads(text))
 
     def whole_model(self) -> nn.Module:
         """Return the whole model as it is now, for example to generate with: in every process, on its device.

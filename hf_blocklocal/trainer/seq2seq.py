@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 from torch import nn
@@ -19,7 +20,8 @@ class BlockLocalSeq2SeqTrainer(BlockLocalTrainer, Seq2SeqTrainer):
 
     Takes `transformers.Seq2SeqTrainingArguments`: with `predict_with_generate` an evaluation hands `compute_metrics`
     what the model has generated. The heads of blocks are scored on the given target texts, as everywhere; they do not
-    write.
+    write. With a block per process, the one with the last block generates, and has the weights of all blocks for as
+    long as the evaluation lasts.
 
     Args:
         *args: As for `transformers.Seq2SeqTrainer`.
@@ -46,10 +48,33 @@ class BlockLocalSeq2SeqTrainer(BlockLocalTrainer, Seq2SeqTrainer):
             )
         super().create_accelerator_and_postprocess()
 
-    def prediction_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+    def evaluation_loop(
+        self, dataloader: Any, description: str, prediction_loss_only: bool | None = None, *args: Any, **kwargs: Any
+    ) -> Any:
+        """Let one process of a chain have the whole model for as long as it may have to generate."""
+        # The parent gathers samples that only fill a batch too, and so counts some twice.
+        self.gather_function = partial(
+            self.accelerator.gather_for_metrics, use_gather_object=self.args.eval_use_gather_object
+        )
+        losses_alone = self.args.prediction_loss_only if prediction_loss_only is None else prediction_loss_only
+        writes = self.args.predict_with_generate and not losses_alone
+        with self._session(), self._whole_at_last() if writes else nullcontext():
+            return super().evaluation_loop(dataloader, description, prediction_loss_only, *args, **kwargs)
+
+    def prediction_step(
+        self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, *args: Any, **kwargs: Any
+    ) -> Any:
         """Score the heads in the forward pass of the given texts alone, not in those that generate others."""
+        writes = self.args.predict_with_generate and not prediction_loss_only
         with self._uncut_generation():
-            return super().prediction_step(model, inputs, *args, **kwargs)
+            if writes and self._chain is not None and "labels" not in inputs:
+                step = partial(Seq2SeqTrainer.prediction_step, self)  # nothing but generation: no block has a part
+                result = self._as_last_says(step, model, inputs, prediction_loss_only, *args, **kwargs)
+            else:
+                result = super().prediction_step(model, inputs, prediction_loss_only, *args, **kwargs)
+        if writes:
+            self._go_on_as_last()
+        return result
 
     @contextmanager
     def _uncut_generation(self) -> Iterator[None]:
@@ -57,8 +82,7 @@ class BlockLocalSeq2SeqTrainer(BlockLocalTrainer, Seq2SeqTrainer):
         whole = self.model.generate
 
         def generate(*args: Any, **kwargs: Any) -> Any:
-            scored = self._scores is not None
-            with self.assembly.step.boundaries.suspended() if scored else nullcontext():
+            with self._uncut():
                 return whole(*args, **kwargs)
 
         self.model.generate = generate
@@ -66,3 +90,8 @@ class BlockLocalSeq2SeqTrainer(BlockLocalTrainer, Seq2SeqTrainer):
             yield
         finally:
             del self.model.generate
+
+    def _uncut(self) -> AbstractContextManager[None]:
+        if self._chain is not None:
+            return self._stationing.as_whole()
+        return nullcontext() if self._scores is None else self.assembly.step.boundaries.suspended()

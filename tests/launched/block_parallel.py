@@ -6,7 +6,9 @@ CASES is JSON: for each case by name its `specimen`, `batch_size` per device, fi
 of `TrainingArguments` in `args`, and, as needed, `lora`, `dropout`, `resume` (a checkpoint), `odd` (a rank that reads
 other batches), `raises`, `killed`, `stopped` and `silent` (rank and step, or batch of an evaluation if `evaluating`),
 `generates` (a prompt), `frozen` (a part of the model), `normalised` (whether its classifier starts with a batch norm),
-`noisy` (whether inputs are changed at random as they are read), `runs` (how often to train).
+`noisy` (whether inputs are changed at random as they are read), `runs` (how often to train), `writes` (how to generate
+in predictions, where evaluations are to generate too), `patience` (evaluations without a better one, then it ends),
+`slow` (a rank, and seconds that each forward pass of an evaluation takes there).
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from transformers import TrainerCallback, TrainingArguments
+from transformers import EarlyStoppingCallback, Seq2SeqTrainingArguments, TrainerCallback, TrainingArguments
 
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -29,7 +31,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from menagerie import MENAGERIE
 from zoo import SPECIMENS as ZOO
 
-from hf_blocklocal import BlockLocalConfig, BlockLocalTrainer
+from hf_blocklocal import BlockLocalConfig, BlockLocalSeq2SeqTrainer, BlockLocalTrainer
 
 
 SPECIMENS = {**MENAGERIE, **ZOO}
@@ -103,6 +105,22 @@ class Collectives(TrainerCallback):
         self.now.clear()
 
 
+class Brought(TrainerCallback):
+    """Counts the weights that other processes have lent to this one."""
+
+    def __init__(self, trainer):
+        self.trainer, self.in_evaluations = trainer, set()
+
+    @property
+    def now(self):
+        """Return how many there are."""
+        return 0 if self.trainer._stationing is None else len(self.trainer._stationing._brought)
+
+    def on_prediction_step(self, args, state, control, **kwargs):
+        """Note how many there are in an evaluation."""
+        self.in_evaluations.add(self.now)
+
+
 MISHAPS = {
     "raises": fail,
     "killed": lambda _trainer: os.kill(os.getpid(), signal.SIGKILL),
@@ -150,17 +168,38 @@ def build(case):
     return model
 
 
+def compare(prediction):
+    """Return numbers that change with every token that is written or given, and how many texts there are."""
+    written, given = prediction.predictions, prediction.label_ids
+    return {"written": float(written.mean()), "given": float(given.mean()), "texts": len(written)}
+
+
+def make(folder, case, config, rows, args):
+    """Return the trainer of a case."""
+    writes = "writes" in case
+    kind = partial(BlockLocalSeq2SeqTrainer, compute_metrics=compare) if writes else BlockLocalTrainer
+    read = Noisy(rows) if case.get("noisy") else rows
+    trainer = kind(build(case), args, train_dataset=read, eval_dataset=rows[:11], block_local=config)
+    if "patience" in case:
+        trainer.add_callback(EarlyStoppingCallback(case["patience"]))
+    return trainer
+
+
 def run(folder, case):
     """Train, evaluate, predict, and leave `log-RANK.json` and an ordinary checkpoint."""
     specimen = SPECIMENS[case["specimen"]]
-    args = TrainingArguments(
+    kind = partial(Seq2SeqTrainingArguments, predict_with_generate=True) if "writes" in case else TrainingArguments
+    args = kind(
         str(folder), per_device_train_batch_size=case.get("batch_size", 4), **(ARGUMENTS | case.get("args", {}))
     )
-    model = build(case)
     rows = rows_of(specimen, range(9, 17) if case.get("odd") == args.process_index else range(8))
-    config = BlockLocalConfig(**case["config"])
-    read = Noisy(rows) if case.get("noisy") else rows
-    trainer = BlockLocalTrainer(model, args, train_dataset=read, eval_dataset=rows[:11], block_local=config)
+    trainer = make(folder, case, BlockLocalConfig(**case["config"]), rows, args)
+    if "slow" in case and case["slow"][0] == args.process_index:
+        trainer.model.register_forward_pre_hook(
+            lambda model, _: None if model.training else time.sleep(case["slow"][1])
+        )
+    brought = Brought(trainer)
+    trainer.add_callback(brought)
     for name, act in MISHAPS.items():
         if name in case and case[name][0] == args.process_index:
             trainer.add_callback(
@@ -175,23 +214,27 @@ def run(folder, case):
         trainer.add_callback(Mishap(case["told_to_end"], lambda: os.kill(os.getpid(), sign)))
     for _ in range(case.get("runs", 1)):
         outcome = trainer.train(resume_from_checkpoint=case.get("resume"))
-    if trainer.state.global_step < trainer.state.max_steps:
-        return  # it has been told to end
-    predicted = trainer.predict(rows[:11], metric_key_prefix="test")
+    if case.get("told_to_end") and trainer.state.global_step < trainer.state.max_steps:
+        return
+    predicted = trainer.predict(rows[:11], metric_key_prefix="test", **case.get("writes", {}))
     trainer.save_model(str(folder / "final"))
     predictions = predicted.predictions[0] if isinstance(predicted.predictions, tuple) else predicted.predictions
     generated = []
     if case.get("generates"):
         prompt = torch.tensor(case["generates"])
         generated = trainer.whole_model().eval().generate(prompt, do_sample=False, max_new_tokens=6).tolist()
+    if "writes" in case:
+        unlabelled = [{key: value for key, value in row.items() if key != "labels"} for row in rows[:5]]
+        generated = [trainer.predict(unlabelled, **case["writes"]).predictions.tolist(), torch.rand(1).tolist()]
     parameters = list(trainer.assembly.module.parameters())
     log = {
         "metrics": {**trainer.evaluate(), **predicted.metrics},
-        "predictions": torch.as_tensor(predictions).flatten().tolist()[:64],
+        "predictions": torch.as_tensor(predictions).flatten().tolist()[:256],
         "training_loss": outcome.training_loss,
         "parts": len(predicted.predictions) if isinstance(predicted.predictions, tuple) else 1,
         "history": trainer.state.log_history,
         "generated": generated,
+        "brought": [max(brought.in_evaluations), brought.now],
         "collectives": counter.per_step if counter is not None else [],
         "held": sum(p.numel() for p in parameters if not p.is_meta) / sum(p.numel() for p in parameters),
     }
