@@ -63,6 +63,7 @@ TWO = {
     "t5, writing": {
         "specimen": "t5",
         "dropout": 0.1,
+        "lora": {"task_type": "SEQ_2_SEQ_LM", "r": 4, "target_modules": ["q", "v"]},
         "args": {**WRITTEN, "eval_steps": 1, "save_steps": 1},
         "patience": 1,
         "writes": {"max_length": 7, "num_beams": 2},
@@ -143,6 +144,7 @@ CHAINS = {
         "config": {"tied_weights": "freeze", "head_refresh_steps": 10, "head_refresh_lag": 1},
     },
 }
+IN_CHAINS = ("four", "t5 in chains, writing")
 COUNTED = {
     "specimen": "llama",
     "counted": True,
@@ -277,13 +279,17 @@ def test_the_whole_model_generates_in_every_process(runs):
 
 
 def test_one_process_of_a_chain_has_the_whole_model_while_it_generates(runs):
-    writing = {"t5, writing": ("one", "two", 2), "bart in 4, writing": ("one", "four", 4)}
-    for name, (first, second, blocks) in {**writing, "t5 in chains, writing": ("two", "four", 2)}.items():
-        for rank, log in enumerate(logs_of(runs / second / name)):
+    for place, name, blocks in (("two", "t5, writing", 2), ("four", "bart in 4, writing", 4), (*IN_CHAINS, 2)):
+        for rank, log in enumerate(logs_of(runs / place / name)):
             most, left = log["brought"]
             assert (most > 0) == (rank % blocks == blocks - 1)
             assert left == 0
-            assert log["metrics"]["eval_texts"] == 11
+
+
+def test_no_text_is_counted_twice_and_the_generation_config_is_that_of_one_process(runs):
+    for first, second, name in (("one", "four", "bart in 4, writing"), ("two", *IN_CHAINS)):
+        for place in (first, second):
+            assert all(log["metrics"]["eval_texts"] == 11 for log in logs_of(runs / place / name))
         configs = [(runs / place / name / "final" / "generation_config.json").read_text() for place in (first, second)]
         assert configs[0] == configs[1]
 

@@ -71,11 +71,10 @@ class Stage:
         """Let something stand in, inside the `with`, for the layers below the block."""
         with ExitStack() as stack:
             for table in self._embeddings:
-                forward = self._nothing(table.weight.shape[-1], table.weight.dtype)
-                stack.enter_context(replaced_forward(table, self._unless_suspended(table, forward)))
-            for index, layer in enumerate(self._layers[: self._span.start]):
+                stack.enter_context(replaced_forward(table, self._unless_lent(table)))
+            for index in range(self._span.start):
                 forward = self._arrival if index == self._span.start - 1 else hands_on(self._forms[index])
-                stack.enter_context(replaced_forward(layer, self._unless_suspended(layer, forward)))
+                stack.enter_context(replaced_forward(self._layers[index], self._unless_suspended(index, forward)))
             if self.block < self._boundaries.cut.num_blocks - 1:
                 last = self._layers[self._span.last]
                 stack.callback(last.register_forward_pre_hook(self._note_for_above, with_kwargs=True).remove)
@@ -95,11 +94,14 @@ class Stage:
         self._given = {name: value for name, value in sides if name in self._needed}
         return output
 
-    def _nothing(self, width: int, dtype: torch.dtype) -> Callable[..., Tensor]:
-        """Return a forward that gives every token the same."""
+    def _unless_lent(self, table: nn.Embedding) -> Callable[..., Tensor]:
+        """Return a forward that gives every token the same, unless the table is here while nothing is cut."""
+        own, width, dtype = table.forward, table.weight.shape[-1], table.weight.dtype
         here = next((p.device for layer in self._layers for p in layer.parameters() if not p.is_meta), None)
 
         def forward(ids: Tensor, *_args: Any, **_kwargs: Any) -> Tensor:
+            if self._boundaries.is_suspended and not table.weight.is_meta:
+                return own(ids)
             # Models that move ids to where the weight is have moved them to nowhere.
             return torch.zeros(*ids.shape, width, dtype=dtype, device=here if ids.is_meta else ids.device)
 
@@ -110,8 +112,8 @@ class Stage:
             return
         self._for_above = map_tensors(sides_of(args, kwargs, self._wanted_above), Tensor.detach)
 
-    def _unless_suspended(self, module: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:
-        own = module.forward
+    def _unless_suspended(self, index: int, forward: Callable[..., Any]) -> Callable[..., Any]:
+        own = self._layers[index].forward
 
         def run(*args: Any, **kwargs: Any) -> Any:
             return own(*args, **kwargs) if self._boundaries.is_suspended else forward(*args, **kwargs)
