@@ -288,18 +288,36 @@ def outputs_not_recorded() -> Iterator[None]:
         _active_collector.reset(token)
 
 
+class _CheckpointedForward(GradientCheckpointingLayer):
+    """The forward of a layer, checkpointed as the layer's whole call would be."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.gradient_checkpointing = True
+        self._gradient_checkpointing_func = layer._gradient_checkpointing_func
+        self._can_checkpoint_with_cache = layer._can_checkpoint_with_cache
+        self.forward = layer.forward
+
+
 @contextmanager
 def hooks_outside_checkpoint(layer: nn.Module) -> Iterator[None]:
     """Keep the hooks of a layer from running inside its activation checkpoint, and again in its recomputation.
 
-    Where transformers checkpoints a layer's whole call, as 5.17 does, hooks are inside; there this layer is not
-    checkpointed for the time being. Where it checkpoints `forward`, as 5.23 does, nothing needs to be done.
+    Args:
+        layer: A layer; its forward is checkpointed inside the `with`, if its whole call would be.
     """
-    checkpointed = getattr(layer, "gradient_checkpointing", False) and "__call__" in vars(GradientCheckpointingLayer)
-    if checkpointed:
-        layer.gradient_checkpointing = False
+    # Until transformers 5.23: later versions checkpoint the forward themselves.
+    whole_calls = isinstance(layer, GradientCheckpointingLayer) and "__call__" in vars(GradientCheckpointingLayer)
+    if not (whole_calls and layer.gradient_checkpointing and layer.training):
+        yield
+        return
+    own = vars(layer).get("forward")
+    layer.gradient_checkpointing, layer.forward = False, _CheckpointedForward(layer).__call__
     try:
         yield
     finally:
-        if checkpointed:
-            layer.gradient_checkpointing = True
+        layer.gradient_checkpointing = True
+        if own is None:
+            del layer.forward
+        else:
+            layer.forward = own

@@ -162,6 +162,8 @@ class Boundaries:
         here = range(self.cut.num_blocks) if station is None else range(station.block, station.block + 1)
         visit = self._visit = _Visit(here[: self.cut.num_blocks - 1 - here.start], leave, station, late, observe)
         with ExitStack() as stack:
+            for layer in self._layers:
+                stack.enter_context(hooks_outside_checkpoint(layer))
             for router, (block, index) in self._routers.items():
                 if block in here:
                     stack.callback(router.register_forward_hook(visit.tap(block, index), prepend=True).remove)
@@ -171,9 +173,7 @@ class Boundaries:
                     stack.callback(layer.register_forward_pre_hook(visit.enter(index), with_kwargs=True).remove)
                     stack.callback(layer.register_forward_hook(visit.remember).remove)
             for block in visit.expected:
-                last = self.exits[block]
-                stack.enter_context(hooks_outside_checkpoint(last))
-                stack.callback(last.register_forward_hook(visit.leave(block)).remove)
+                stack.callback(self.exits[block].register_forward_hook(visit.leave(block)).remove)
             for index in self._ends_of_stacks:  # behind the hooks of the blocks, to see what those hand on
                 stack.callback(self._layers[index].register_forward_hook(visit.note_end(index)).remove)
             if station is not None:

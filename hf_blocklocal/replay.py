@@ -14,7 +14,6 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from hf_blocklocal.anatomy import hooks_outside_checkpoint
 from hf_blocklocal.blocks import Boundaries
 from hf_blocklocal.inlets import Inlets
 from hf_blocklocal.lending import read_only, replaced_forward, run_inside, statistics_kept, statistics_of
@@ -102,7 +101,6 @@ class Replay:
             stack.enter_context(self._boundaries.suspended())
             for index in range(span.start):
                 stack.enter_context(replaced_forward(self._layers[index], self._stub(index)))
-            stack.enter_context(hooks_outside_checkpoint(first))
             stack.callback(first.register_forward_pre_hook(enter, with_kwargs=True).remove)
             stack.callback(last.register_forward_hook(leave).remove)
             try:

@@ -10,7 +10,7 @@ import torch
 from test_parity import Stop, arguments, equal, examples, with_dropout
 from torch import nn
 from torch.utils.data import IterableDataset
-from transformers import EarlyStoppingCallback, Trainer, TrainerCallback
+from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
 from zoo import SPECIMENS, build_wav2vec2
 
 from hf_blocklocal import BlockLocalConfig, BlockLocalTrainer
@@ -440,6 +440,25 @@ def test_resuming_with_another_number_of_blocks_is_refused_before_a_weight_chang
     with pytest.raises(HeadsMismatchError, match="belong to 4 blocks"):
         other.train(resume_from_checkpoint=True)
     assert equal(before, snapshot(other))
+
+
+@pytest.mark.parametrize(("device", "apart"), [("cpu:0", False), ("cpu:0", True), ("cuda:0", True)])
+def test_several_processes_read_the_optimizer_into_main_memory(device, apart, tmp_path, monkeypatch):
+    trainer = make("bert", tmp_path, save_strategy="steps", save_steps=3)
+    trainer.train()
+    optimizer, schedule = trainer.optimizer, trainer.lr_scheduler
+    states = list(optimizer.state.values())
+    saved = [state["exp_avg"].clone() for state in states]
+    for state in states:
+        state["exp_avg"].fill_(torch.nan)
+    schedule.last_epoch = 0
+    monkeypatch.setattr(TrainingArguments, "device", torch.device(device))
+    monkeypatch.setattr(TrainingArguments, "world_size", 2)
+    if apart:
+        monkeypatch.setattr(trainer, "_chain", object())
+    trainer._load_optimizer_and_scheduler(str(tmp_path / "checkpoint-3"))
+    assert all(torch.equal(state["exp_avg"], old) for state, old in zip(optimizer.state.values(), saved, strict=True))
+    assert schedule.last_epoch == 3
 
 
 def test_lora_adapters_learn_block_by_block(tmp_path):

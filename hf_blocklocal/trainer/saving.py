@@ -6,7 +6,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
+from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 
 from hf_blocklocal.anchor import Anchor
 from hf_blocklocal.checkpoint import load_heads_, save_heads
@@ -63,6 +65,18 @@ class SavesBlocks(SpreadsBlocks):
                 self._save_together(kept.state(), Path(output_dir) / kept.file_name)
             elif self.args.should_save:
                 kept.save(output_dir)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """Read the optimizer into main memory, where a device need not hold it, or not all of it."""
+        # Until transformers 5.18: with several processes on CPUs it looks for a device "cpu:0", which torch has not.
+        on_cpus = self.args.world_size > 1 and self.args.device.type == "cpu"
+        if checkpoint is None or not (on_cpus or self._chain is not None):
+            return super()._load_optimizer_and_scheduler(checkpoint)
+        optimizer, scheduler = (Path(checkpoint) / name for name in (OPTIMIZER_NAME, SCHEDULER_NAME))
+        if optimizer.is_file() and scheduler.is_file():
+            self.optimizer.load_state_dict(torch.load(optimizer, map_location="cpu", weights_only=True))
+            self.lr_scheduler.load_state_dict(torch.load(scheduler, weights_only=True))
+        return None
 
     def load_heads(self, source: str, *, revision: str | None = None, token: str | None = None) -> None:
         """Load the heads saved beside a model, so that an evaluation reports what each block would have predicted.
