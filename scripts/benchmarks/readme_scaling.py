@@ -117,6 +117,11 @@ def scale(report: dict[str, Any], place: str) -> list[str]:
         "A collective of all ranks, such as a global gradient norm, puts the bubble back (heads, optimizer left out):",
         "",
         *_table(report["barriers"]),
+        "",
+        "Eight ranks of which the last is slower by the first column, as a language-model head makes it (heads and",
+        "optimizer left out):",
+        "",
+        *_table(report["imbalance"]),
     ]
     return lines + _measured(report.get("measured", ()))
 
