@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "scripts" / "benchmarks"))
@@ -45,3 +47,25 @@ def test_utilisation_is_the_time_of_the_passes_over_that_of_the_step():
     assert row["utilisation"] == 0.75
     assert row["range"] == [0.5, 1.0]
     assert pipelining._row("1F1B", 4, 1, 0.5, None)["utilisation"] is None
+
+
+@pytest.fixture
+def four_ranks():
+    """The first of four processes, of which there is no other."""
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=4)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("name", pipelining.SCHEDULES)
+def test_schedules_are_left_out_where_torch_refuses_them_and_nowhere_else(name, four_ranks, monkeypatch):
+    emulated = pipelining.Emulated(0.0, 0.0, (), 1.0, 1.0)
+    *schedule, least = pipelining.SCHEDULES[name]
+    for micro_batches in (1, 2, 4, 8):
+        left_out = pipelining._pipeline(name, 0, 4, micro_batches, emulated) is None
+        assert left_out == (micro_batches < 4 * least)
+        if left_out:
+            monkeypatch.setitem(pipelining.SCHEDULES, name, (*schedule, 0))
+            with pytest.raises(ValueError, match="microbatches"):
+                pipelining._pipeline(name, 0, 4, micro_batches, emulated)
+            monkeypatch.undo()

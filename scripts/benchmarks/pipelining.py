@@ -33,14 +33,15 @@ FILLING, STREAMED = 4, 8
 MICRO_BATCHES = (1, 2, 4, 8)
 STREAM = "block-local"
 SLOW_STREAM = "block-local, slow link"
-# Name of the schedule: class, stages per rank, and whether they go up and down again.
+# Name of the schedule: class, stages per rank, whether they go up and down again, and the micro-batches for each rank
+# that torch wants at least.
 SCHEDULES = {
-    "GPipe": ("ScheduleGPipe", 1, False),
-    "1F1B": ("Schedule1F1B", 1, False),
-    "interleaved": ("ScheduleInterleaved1F1B", 2, False),
-    "interleaved ZB": ("ScheduleInterleavedZeroBubble", 2, False),
-    "ZBV": ("ScheduleZBVZeroBubble", 2, True),
-    "DualPipeV": ("ScheduleDualPipeV", 2, True),
+    "GPipe": ("ScheduleGPipe", 1, False, 0),
+    "1F1B": ("Schedule1F1B", 1, False, 1),
+    "interleaved": ("ScheduleInterleaved1F1B", 2, False, 0),
+    "interleaved ZB": ("ScheduleInterleavedZeroBubble", 2, False, 0),
+    "ZBV": ("ScheduleZBVZeroBubble", 2, True, 0),
+    "DualPipeV": ("ScheduleDualPipeV", 2, True, 2),
 }
 
 
@@ -181,7 +182,9 @@ def _timed(run: Callable[[], None]) -> Iterator[float]:
 
 def _pipeline(name: str, rank: int, blocks: int, micro_batches: int, emulated: Emulated) -> Callable[[], None] | None:
     """Return one training step of a schedule; nothing where it cannot be run with so few micro-batches."""
-    kind, pieces, folded = SCHEDULES[name]
+    kind, pieces, folded, least = SCHEDULES[name]
+    if micro_batches < least * blocks:
+        return None
     total = blocks * pieces
     numbers = [rank, total - 1 - rank] if folded else [rank + blocks * piece for piece in range(pieces)]
     stages = [
@@ -190,12 +193,9 @@ def _pipeline(name: str, rank: int, blocks: int, micro_batches: int, emulated: E
     ]
     parameters = [parameter for stage in stages for parameter in stage.submod.parameters()]
     optimizer = torch.optim.AdamW(parameters)
-    try:
-        schedule = getattr(pipelining.schedules, kind)(
-            stages if pieces > 1 else stages[0], micro_batches, loss_fn=lambda output, target: (output - target).mean()
-        )
-    except ValueError:  # torch wants more micro-batches for it
-        return None
+    schedule = getattr(pipelining.schedules, kind)(
+        stages if pieces > 1 else stages[0], micro_batches, loss_fn=lambda output, target: (output - target).mean()
+    )
     batch = torch.zeros(emulated.samples * micro_batches, WIDTH)
     given = (batch,) if 0 in numbers else ()
     target = {"target": batch, "losses": []} if total - 1 in numbers else {}
