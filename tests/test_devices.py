@@ -12,6 +12,7 @@ import pytest
 import torch
 from menagerie import MENAGERIE
 from several_devices import CPU, Machine, device
+from stepping import stepped
 from zoo import SPECIMENS as ZOO
 
 from hf_blocklocal import BlockLocalConfig, assemble
@@ -93,22 +94,10 @@ class Run:
             machine.copies.clear()
             batch = specimen.batch(step + 1)
             targets = assembly.read_targets(batch, seed=(step,))
-            lesson = assembly.step.teach(
-                targets,
-                scale=1 / len(targets),
-                backward=torch.Tensor.backward,
-                learned=lambda *_: None,
-                inputs=batch,
-                seed=(step,),
-            )
-            with lesson as report:
-                loss = model(**batch).loss
-                loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
+            losses = stepped(assembly, optimizer, batch, targets, step=step)
             self.copies += between_devices(machine.copies)
             self.waits += machine.waits if step > 0 else []
-            self.losses += [*report.losses, loss.detach()]
+            self.losses += losses
         self.losses = [loss.item() for loss in self.losses]
         self.state = {key: value.clone() for key, value in assembly.module.state_dict().items()}
 

@@ -6,6 +6,7 @@ from contextlib import contextmanager, nullcontext
 
 import pytest
 import torch
+from stepping import stepped
 from test_parity import arguments, examples
 from transformers import TrainerCallback
 from zoo import SPECIMENS
@@ -45,20 +46,7 @@ def losses_of(name, devices, *, steps=4):
         targets = assembly.read_targets(batch, seed=(step,))
         with no_waiting() if step > 0 else nullcontext():
             assembly.begin_step(step)
-            lesson = assembly.step.teach(
-                targets,
-                scale=1 / len(targets),
-                backward=torch.Tensor.backward,
-                learned=lambda *_: None,
-                inputs=batch,
-                seed=(step,),
-            )
-            with lesson as report:
-                loss = model(**batch).loss
-                loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-        losses.append([*report.losses, loss.detach()])
+            losses.append(stepped(assembly, optimizer, batch, targets, step=step))
     return [[loss.item() for loss in step] for step in losses]
 
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import weakref
 import zipfile
 
 import torch
+from fetching import Fetch
 
 from hf_blocklocal.parallel.pickled_file import placeholders_for, write_pickled
 from hf_blocklocal.parallel.wire import TensorForm
@@ -32,19 +32,11 @@ def state(tensors):
 
 
 def test_a_file_written_tensor_by_tensor_is_loaded_as_one_of_torch_save(tmp_path):
-    alive, most = weakref.WeakSet(), 0
-
-    def fetch(name):
-        nonlocal most
-        tensor = TENSORS[name].clone()
-        alive.add(tensor)
-        most = max(most, len(alive))
-        return tensor
-
+    fetch = Fetch(TENSORS)
     placeholders = placeholders_for({name: TensorForm.of(tensor) for name, tensor in TENSORS.items()})
     path = tmp_path / "optimizer.pt"
     write_pickled(path, state(placeholders), placeholders, fetch)
-    assert most == 1
+    assert fetch.most == 1
     assert zipfile.ZipFile(path).testzip() is None
     expected, loaded = state(TENSORS), torch.load(path)
     assert loaded["param_groups"] == expected["param_groups"]

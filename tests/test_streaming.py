@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import weakref
-
 import pytest
 import torch
+from fetching import Fetch
 from menagerie import MENAGERIE
 from safetensors.torch import load_file, save_file
 from zoo import SPECIMENS
@@ -38,18 +37,11 @@ def test_a_file_written_tensor_by_tensor_is_that_of_the_library(tmp_path, metada
 
 def streamed(model, folder, **options):
     """Save a model from copies of its tensors that are made when asked for; return how many were there at once."""
-    state, most, alive = model.state_dict(), 0, weakref.WeakSet()
-
-    def fetch(name):
-        nonlocal most
-        tensor = state[name].clone()
-        alive.add(tensor)
-        most = max(most, len(alive))
-        return tensor
-
+    state = model.state_dict()
+    fetch = Fetch(state)
     with saved_one_by_one({name: TensorForm.of(tensor) for name, tensor in state.items()}, fetch) as placeholders:
         model.save_pretrained(folder, state_dict=placeholders, **options)
-    return most
+    return fetch.most
 
 
 @pytest.mark.parametrize("name", ["bert", "gpt2", "t5", "llama", "vit"])
