@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils.checkpoint import checkpoint
 
 from hf_blocklocal.anatomy import output_embedding
@@ -29,6 +30,8 @@ _SHIFTS = {"ForCausalLM": True, "ForMaskedLM": False}
 # Logits are this much larger when the two losses are compared, so that a cap behind the head shows with weights at
 # random too, whose logits do not reach it. A power of two, which rounds nothing.
 _MAGNIFIED = 64.0
+# What autograd calls operations that may as well come before a product without bias.
+_SCALES = ("MulBackward0", "DivBackward0")
 
 
 class ChunkedLoss:
@@ -65,7 +68,6 @@ class ChunkedLoss:
         """
         head, model = self._head, self._model
         own_head, own_loss = head.forward, model.loss_function
-        was_set = "_loss_function" in vars(model)
 
         def pass_on(hidden: Tensor) -> Tensor:
             return own_head(hidden) if paused() else hidden
@@ -87,16 +89,11 @@ class ChunkedLoss:
 
         self._called = False
         handle = model.register_forward_hook(without_logits)
-        model.loss_function = loss_of
         try:
-            with replaced_forward(head, pass_on):
+            with replaced_forward(head, pass_on), _replaced_loss(model, loss_of):
                 yield
         finally:
             handle.remove()
-            if was_set:
-                model.loss_function = own_loss
-            else:
-                del model._loss_function
 
     def _in_chunks(
         self,
@@ -132,6 +129,8 @@ class ChunkedLoss:
     def check(self, inputs: Mapping[str, Any]) -> None:
         """Run the model both ways, with every label counting and with logits magnified.
 
+        Where tensors have no values to compare, the way of the logits from the head to the loss is looked at.
+
         Args:
             inputs: A small batch with labels.
 
@@ -150,6 +149,9 @@ class ChunkedLoss:
                 raise
             except (RuntimeError, TypeError, AttributeError, ValueError, IndexError) as error:
                 raise UnsupportedSettingError(self._refusal("cannot be computed so")) from error
+        if isinstance(chunked, FakeTensor):
+            self._check_way(inputs)
+            return
         # In lower precision, a product of other shape rounds otherwise.
         exact = all(parameter.dtype == torch.float32 for parameter in self._head.parameters())
         if not torch.allclose(chunked.float(), own.float(), rtol=1e-4 if exact else 1e-2):
@@ -157,6 +159,50 @@ class ChunkedLoss:
                 self._refusal("is made of logits that are changed behind the head, and would be another one")
             )
 
+    def _check_way(self, inputs: Mapping[str, Any]) -> None:
+        """Refuse a model that does more with its logits than to scale them."""
+        own_head, own_loss = self._head.forward, self._model.loss_function
+        made: list[Any] = []
+        given: list[Any] = []
+
+        def head(hidden: Tensor) -> Tensor:
+            logits = own_head(hidden)
+            made.append(logits.grad_fn)
+            return logits
+
+        def loss(logits: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            given.append(logits.grad_fn)
+            return own_loss(logits, *args, **kwargs)
+
+        noted = replaced_forward(self._head, head), _replaced_loss(self._model, loss)
+        with torch.enable_grad(), evaluation_mode(self._model), noted[0], noted[1]:
+            self._model(**inputs)
+        node = given[-1]
+        while node is not made[-1]:
+            before = [parent for parent, _ in node.next_functions if parent is not None]
+            if node.name() not in _SCALES or len(before) != 1 or getattr(self._head, "bias", None) is not None:
+                raise UnsupportedSettingError(
+                    self._refusal(
+                        f"is made of logits that are changed behind the head, by {node.name()}, and may be another "
+                        "one; a model with weights shows whether it is"
+                    )
+                )
+            node = before[0]
+
     def _refusal(self, reason: str) -> str:
         name = type(self._model).__name__
         return f"chunked_loss={self._tokens} does not work for {name}: its loss {reason}. Leave it out."
+
+
+@contextmanager
+def _replaced_loss(model: nn.Module, loss: Callable[..., Tensor]) -> Iterator[None]:
+    """Let a model compute another loss inside the `with`."""
+    own, was_set = model.loss_function, "_loss_function" in vars(model)
+    model.loss_function = loss
+    try:
+        yield
+    finally:
+        if was_set:
+            model.loss_function = own
+        else:
+            del model._loss_function

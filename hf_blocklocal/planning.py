@@ -22,8 +22,7 @@ from hf_blocklocal.anatomy import (
     target_embedding,
 )
 from hf_blocklocal.blocks import Boundaries, Cut
-from hf_blocklocal.building import build_heads, build_shortcut, lent_to_heads
-from hf_blocklocal.chunked import ChunkedLoss
+from hf_blocklocal.building import build_chunked, build_heads, build_shortcut, lent_to_heads
 from hf_blocklocal.config import BlockLocalConfig
 from hf_blocklocal.defaults import settled
 from hf_blocklocal.errors import UnsupportedSettingError
@@ -139,7 +138,7 @@ def _cut_everywhere(model: nn.Module, config: BlockLocalConfig, trace: Trace, se
         boundaries,
         nn.ModuleList(build_heads(model, config, trace, cut, label_smoothing=0.0)),
         router_loss=router_loss,
-        chunked=None if config.chunked_loss is None else ChunkedLoss(model, config.chunked_loss),
+        chunked=build_chunked(model, config, setting.inputs),
     )
     in_first = None
     if config.borrows:

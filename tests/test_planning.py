@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+from menagerie import MENAGERIE
 from zoo import CLASSES, IGNORED, SPECIMENS
 
 from hf_blocklocal import BlockLocalConfig, assemble
@@ -181,6 +182,26 @@ def test_a_model_that_asks_for_values_is_refused_and_measured_with_weights(borro
 def test_terms_that_are_not_measured_are_refused(values, borrow):
     with pytest.raises(UnsupportedSettingError, match=f"{next(iter(values))}="):
         measure_costs(borrow("bert"), BlockLocalConfig(head_layers=0, **values), Setting(SPECIMENS["bert"].batch(0)))
+
+
+@pytest.mark.parametrize("name", ["bloom", "cohere", "granite"])
+def test_a_loss_in_chunks_of_logits_that_are_at_most_scaled_is_planned(name):
+    specimen, block_local = MENAGERIE[name], BlockLocalConfig(num_blocks=2, head_layers=0, chunked_loss=16)
+    batch = full_length(specimen.batch(0))
+    assert assemble(specimen.build(), block_local, batch).step.chunked is not None
+    assert planned(specimen.build(), block_local, batch).layers
+
+
+def test_a_loss_in_chunks_that_training_would_refuse_gets_no_plan():
+    specimen, block_local = MENAGERIE["gemma2"], BlockLocalConfig(num_blocks=2, head_layers=0, chunked_loss=16)
+    batch = full_length(specimen.batch(0))
+    refused = "chunked_loss=16 does not work for Gemma2ForCausalLM: its loss is made of logits that are changed"
+    with pytest.raises(UnsupportedSettingError, match=refused):
+        assemble(specimen.build(), block_local, batch)
+    with pytest.raises(UnsupportedSettingError, match=f"{refused} behind the head, by TanhBackward0"):
+        planned(specimen.build(), block_local, batch)
+    with pytest.raises(UnsupportedSettingError, match=f"{refused} behind the head, and would be another one"):
+        measure_costs(specimen.build(), block_local, Setting(batch))
 
 
 def test_the_attention_of_the_cpu_counts():
