@@ -8,7 +8,7 @@ import pytest
 import torch
 from test_optim import adafactor_relative, adamw, give_gradients, groups_of, three_blocks
 from test_parity import equal
-from test_trainer import make, snapshot, whole_and_resumed
+from training import make, snapshot, whole_and_resumed
 
 from hf_blocklocal import BlockLocalConfig
 from hf_blocklocal.anchor import ANCHOR_NAME, Anchor

@@ -8,8 +8,8 @@ import pytest
 import torch
 from test_feedback import CLASSES, TAGS, head_for
 from test_parity import arguments, equal, examples, with_dropout
-from test_trainer import make, snapshot, whole_and_resumed
 from torch.nn import functional as F
+from training import make, snapshot, whole_and_resumed
 from transformers import Trainer
 from zoo import SPECIMENS
 

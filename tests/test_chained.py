@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import load_file
 from test_locality import gradients_of_one_block
 from test_parity import equal, examples
-from test_trainer import make, snapshot, whole_and_resumed
 from torch.nn import functional as F
+from training import make, snapshot, whole_and_resumed
 from zoo import SPECIMENS
 
 from hf_blocklocal import BlockLocalConfig, assemble

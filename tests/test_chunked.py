@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from test_trainer import make
+from training import make
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
 from zoo import LLAMA, SPECIMENS, build_tiny
 

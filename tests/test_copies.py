@@ -7,7 +7,7 @@ import torch
 from test_optim import three_blocks
 from test_parity import equal
 from test_shortcut import assert_gradients_of_backpropagation
-from test_trainer import make, snapshot, whole_and_resumed
+from training import make, snapshot, whole_and_resumed
 from transformers import TrainerCallback
 from zoo import SPECIMENS
 

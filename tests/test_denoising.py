@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from test_parity import equal, examples, with_dropout
-from test_trainer import accuracy, hooks_left, make, snapshot, whole_and_resumed
+from training import accuracy, hooks_left, make, snapshot, whole_and_resumed
 from transformers import AutoModelForTokenClassification, Cache
 from zoo import SPECIMENS, T5, build_tiny, tokens_batch
 

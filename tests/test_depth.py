@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 from PIL import Image
-from test_trainer import make
+from training import make
 from zoo import SPECIMENS
 
 from hf_blocklocal import BlockLocalConfig, assemble, early_exit, truncate

@@ -6,7 +6,7 @@ from functools import partial
 
 import pytest
 import torch
-from test_trainer import hooks_left, make
+from training import hooks_left, make
 from transformers import AutoModelForSequenceClassification, pipeline
 from zoo import BART, CLASSES, SPECIMENS, build_tiny, classes_batch
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from test_optim import adafactor_relative, adamw, groups_of, three_blocks
 from test_parity import equal
-from test_trainer import make, snapshot, whole_and_resumed
+from training import make, snapshot, whole_and_resumed
 from transformers import TrainerCallback
 from transformers.optimization import Adafactor
 from zoo import SPECIMENS

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from test_parity import examples
-from test_trainer import make
+from training import make
 from zoo import SPECIMENS
 
 from hf_blocklocal import BlockLocalConfig, assemble

@@ -6,7 +6,7 @@ import pytest
 import torch
 from test_parity import equal
 from test_shortcut import assert_gradients_of_backpropagation
-from test_trainer import make, snapshot, whole_and_resumed
+from training import make, snapshot, whole_and_resumed
 from zoo import SPECIMENS
 
 from hf_blocklocal import BlockLocalConfig, assemble

@@ -7,8 +7,8 @@ import re
 from pathlib import Path
 
 import pytest
+from carding import PLACEHOLDER, lines_of, section
 from huggingface_hub import ModelCard
-from test_card import PLACEHOLDER, lines_of, section
 from test_configs import TRAIN, script
 
 from hf_blocklocal.card import BEGIN, END

@@ -7,7 +7,7 @@ import weakref
 import pytest
 import torch
 from test_parity import equal, with_dropout
-from test_trainer import hooks_left, make, snapshot, whole_and_resumed
+from training import hooks_left, make, snapshot, whole_and_resumed
 from zoo import SPECIMENS
 
 from hf_blocklocal import BlockLocalConfig, assemble

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from test_parity import arguments, equal, examples, with_dropout
-from test_trainer import hooks_left, make, snapshot, whole_and_resumed
+from training import hooks_left, make, snapshot, whole_and_resumed
 from transformers import Trainer, TrainerCallback
 from zoo import SPECIMENS
 

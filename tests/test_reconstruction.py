@@ -7,7 +7,7 @@ import torch
 from test_denoising import TWO_STACKS, Calls, nothing, taught
 from test_locality import gradients_of_one_block
 from test_parity import equal
-from test_trainer import make, snapshot, whole_and_resumed
+from training import make, snapshot, whole_and_resumed
 from zoo import SPECIMENS
 
 from hf_blocklocal import BlockLocalConfig, assemble

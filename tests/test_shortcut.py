@@ -7,7 +7,7 @@ from functools import partial
 import pytest
 import torch
 from test_parity import examples
-from test_trainer import accuracy, hooks_left, make, snapshot
+from training import accuracy, hooks_left, make, snapshot
 from transformers import AutoModelForSeq2SeqLM
 from zoo import BART, SPECIMENS, VOCABULARY, Specimen, build_tiny, translation_batch
 

@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from test_trainer import make
+from training import make
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from test_parity import equal
-from test_trainer import make, snapshot, whole_and_resumed
+from training import make, snapshot, whole_and_resumed
 from zoo import SPECIMENS
 
 from hf_blocklocal import BlockLocalConfig, assemble

@@ -16,6 +16,7 @@ from hf_blocklocal.hub import Patience
 
 
 BLOCKS = BlockLocalConfig(num_blocks=2, head_layers=0)
+SAVES = {"save_strategy": "steps", "save_steps": 1, "max_steps": 3}
 QUICK = Patience(attempts=3, first_wait=0.01, silence=5.0, limit=20.0)
 
 
@@ -67,3 +68,9 @@ def make(folder, *, name="bert", blocks=BLOCKS, rows=None, **settings):
     )
     trainer.push_patience = QUICK
     return trainer
+
+
+def pushing(folder, strategy="every_save", **settings):
+    """Make a trainer that pushes what it saves, at every step if nothing else is said."""
+    settings = {"push_to_hub": True, "hub_model_id": "ann/run", "hub_strategy": strategy} | SAVES | settings
+    return make(folder, **settings)
