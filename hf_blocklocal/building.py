@@ -90,7 +90,15 @@ def build_shortcut(
             f"head_layers={config.head_layers} and {config.apart_by} exclude each other for {type(model).__name__}: "
             "the decoder layers that a head borrows would need the states of the encoder. Use head_layers=0."
         )
-    return Shortcut(model, cut, trace, config.head_layers, reach, confines=confines)
+    return Shortcut(
+        model,
+        cut,
+        trace,
+        config.head_layers,
+        reach,
+        confines=confines,
+        straight_through=config.head_bypass == "straight_through",
+    )
 
 
 def lent_to_heads(

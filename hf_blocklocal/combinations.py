@@ -50,6 +50,8 @@ def _check_head(config: Any) -> None:
 
 
 def _check_borrowing(config: Any) -> None:
+    if config.head_bypass == "straight_through":
+        _check_straight_through(config)
     if not config.borrows:
         return
     borrowing = f"head_layers={config.head_layers}" if config.head_layers else "head_lens=True"
@@ -67,6 +69,20 @@ def _check_borrowing(config: Any) -> None:
         raise ConfigError(
             f"{borrowing} and readout={config.readout!r} exclude each other: a head that borrows layers has no "
             "readout. Leave one of the two out."
+        )
+
+
+def _check_straight_through(config: Any) -> None:
+    if config.head_layers == 0:
+        raise ConfigError(
+            "head_bypass='straight_through' and head_layers=0 exclude each other: gradients go straight past the "
+            "layers that a head does not borrow, and here they would meet none. Use head_layers=1 or more, or leave "
+            "head_bypass out."
+        )
+    if config.blocks_apart:
+        raise ConfigError(
+            f"head_bypass='straight_through' and {config.apart_by} exclude each other: the head of a block runs all "
+            "layers above it, and no place has room for those of the others. Use head_bypass='skip'."
         )
 
 

@@ -110,9 +110,15 @@ class BlockLocalConfig:
         None,
         "Layers above a block that its head borrows, evenly spread, live and read-only, with the model's own task "
         "head. 0 is a light readout; all of them give the very gradient of backpropagation. Default: 1 in two blocks "
-        "and 2 in more; 0 for encoder-decoders, and where a field asks for a head of another kind. Perplexity of a "
-        "language model in 2 and 4 blocks (docs/learning.md): freezing 117.5 and 119.9, 0 layers 113.0 and 110.8, the "
-        "default 92.4 and 94.5, backpropagation 91.5.",
+        "and 2 in more; 0 for encoder-decoders in several processes or on several devices, and where a field asks for "
+        "a head of another kind. Perplexity of a language model in 2 and 4 blocks (docs/learning.md): freezing 117.5 "
+        "and 119.9, 0 layers 113.0 and 110.8, the default 92.4 and 94.5, backpropagation 91.5.",
+    )
+    head_bypass: Literal["auto", "skip", "straight_through"] = _help(
+        "auto",
+        "How a head that borrows layers gets past the others above its block. skip: leaves them out. "
+        "straight_through: runs them forward and sends gradients past them unchanged, so that its loss is the model's "
+        "own; evaluations leave them out all the same. auto: straight_through in encoder-decoders, else skip.",
     )
     head_lens: bool = _help(
         False,

@@ -1,7 +1,8 @@
 """Fill in what a configuration leaves to the model: how many layers its heads borrow.
 
-Knows nothing of heads. What speaks against borrowing is that a user asked for a head of another kind, or that the
-model has an encoder and a decoder: through a shortened decoder, encoders learned worse than from heads of their own.
+Knows nothing of heads. What speaks against borrowing is that a user asked for a head of another kind, or that an
+encoder and a decoder are in different places: through a shortened decoder, encoders learned worse than from heads of
+their own, and a decoder that runs whole has to be where the encoder is.
 """
 
 from __future__ import annotations
@@ -54,10 +55,13 @@ def settled(config: BlockLocalConfig, *, single_stack: bool) -> BlockLocalConfig
         config: What was asked for.
         single_stack: Whether the model has one stack of layers.
     """
-    if config.head_layers is not None:
-        return refreshed(config) if config.borrows else config
-    own_head = not single_stack or any(getattr(config, name) != getattr(BlockLocalConfig, name) for name in OWN_HEAD)
-    config = replace(config, head_layers=0 if own_head else default_head_layers(config.num_blocks))
+    if config.head_layers is None:
+        asked = any(getattr(config, name) != getattr(BlockLocalConfig, name) for name in OWN_HEAD)
+        own_head = asked or (not single_stack and config.blocks_apart)
+        config = replace(config, head_layers=0 if own_head else default_head_layers(config.num_blocks))
+    if config.head_bypass == "auto":
+        runs_all = config.head_layers > 0 and not single_stack and not config.blocks_apart
+        config = replace(config, head_bypass="straight_through" if runs_all else "skip")
     return refreshed(config) if config.borrows else config
 
 

@@ -69,6 +69,8 @@ def taught_by(cut: Cut, config: BlockLocalConfig, heads: Sequence[FeedbackHead],
         through = ["a lens"] if head.lens is not None else []
         through += [f"layers {', '.join(map(str, layers_above))}"] if layers_above else []
         taught += f" through {' and '.join(through)}"
+        if config.head_bypass == "straight_through" and len(layers_above) < len(cut.layers) - cut.spans[block].stop:
+            taught += ", straight past the others"
     return taught
 
 

@@ -53,7 +53,7 @@ class BlockScores:
 
         def leave(block: int, hidden: Tensor, _router_logits: tuple[Tensor, ...]) -> None:
             with outputs_not_recorded(), self.step.borrowing(block):
-                seen = self.step.seen_by_head(block, hidden, inputs, targets)
+                seen = self.step.seen_by_head(block, hidden, inputs, targets, shortened=True)
             messages = heads[block].messages(seen, self.step.bring(block, targets))
             scores[block] = score(heads[block].loss, messages)
 

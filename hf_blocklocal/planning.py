@@ -150,7 +150,15 @@ def _cut_everywhere(model: nn.Module, config: BlockLocalConfig, trace: Trace, se
         if any(reach[0] & names for names in step.shortcut.lent_weights(owners)):
             up_to = [set().union(*reach[: block + 1]) for block in range(num_layers)]
             in_first = copy.copy(step)
-            in_first.shortcut = Shortcut(model, cut, trace, config.head_layers, up_to, confines=step.shortcut.confines)
+            in_first.shortcut = Shortcut(
+                model,
+                cut,
+                trace,
+                config.head_layers,
+                up_to,
+                confines=step.shortcut.confines,
+                straight_through=step.shortcut.straight_through,
+            )
     contrasts = trace.task.target == "vocabulary" and any(isinstance(head.loss, Contrast) for head in step.heads)
     lent = list(lent_to_heads(model, step.shortcut, owners, num_layers, contrasts_tokens=contrasts))
     weights = {

@@ -1,10 +1,11 @@
 """Run what lies above a block with only some of its layers, read-only: the model itself as the head of a block.
 
 The model's own forward runs a second time, from the end of the block on. Layers that are left out hand their input on,
-and so is what the layer before them has returned beside it, such as a position bias. Nothing needs to know what masks,
-rotary embeddings, norms or task heads the model has. A block in a decoder sees the encoder's states as they were made;
-above a block in an encoder lie the rest of the encoder and the whole decoder. Parameters outside the block get no
-gradient. With all layers above, the loss has the very gradient of backpropagation.
+and so is what the layer before them has returned beside it, such as a position bias; or they run, and gradients go
+straight past them. Nothing needs to know what masks, rotary embeddings, norms or task heads the model has. A block in
+a decoder sees the encoder's states as they were made; above a block in an encoder lie the rest of the encoder and the
+whole decoder. Parameters outside the block get no gradient. With all layers above, the loss has the very gradient of
+backpropagation.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from hf_blocklocal.anatomy import is_encoder_decoder
 from hf_blocklocal.blocks import Cut, Trail
 from hf_blocklocal.copies import Copies
 from hf_blocklocal.lending import read_only, replaced_forward, run_inside, statistics_kept, statistics_of
-from hf_blocklocal.signals import beside_hidden, given_hidden
+from hf_blocklocal.signals import beside_hidden, first_tensor, given_hidden
 from hf_blocklocal.spans import has_spans, span_logits
 from hf_blocklocal.trace import Trace
 
@@ -57,6 +58,8 @@ class Shortcut:
         count: Layers that every head borrows.
         reached: For each block, the names of the parameters that its own layers use.
         confines: Whether the language-model head may be confined to some tokens.
+        straight_through: Whether layers that a head does not borrow run all the same, without a backward pass, so that
+            its loss is the model's own. Else they are left out.
     """
 
     def __init__(
@@ -68,10 +71,12 @@ class Shortcut:
         reached: Sequence[set[str]],
         *,
         confines: bool = False,
+        straight_through: bool = False,
     ) -> None:
         self.model = model
         self.copies: Copies | None = None
         self.confines = confines
+        self.straight_through = straight_through
         self._cut = cut
         self._trace = trace
         self._layers = [model.get_submodule(path) for path in cut.layers]
@@ -109,13 +114,21 @@ class Shortcut:
             {
                 name
                 for name, owner in owners.items()
-                if owner > block and (layers[name] is None or layers[name] in (*kept, *openers))
+                if owner > block
+                and (self.straight_through or layers[name] is None or layers[name] in (*kept, *openers))
             }
             for block, kept in enumerate(self._kept)
         ]
 
     def logits(
-        self, block: int, hidden: Tensor, inputs: Mapping[str, Any], trail: Trail, tokens_C: Tensor | None = None
+        self,
+        block: int,
+        hidden: Tensor,
+        inputs: Mapping[str, Any],
+        trail: Trail,
+        tokens_C: Tensor | None = None,
+        *,
+        shortened: bool = False,
     ) -> Tensor:
         """Run the model from the end of a block.
 
@@ -125,6 +138,7 @@ class Shortcut:
             inputs: The model's inputs; the labels are left out, unless a decoder's inputs are made from them.
             trail: What the forward pass under way has left so far.
             tokens_C: Tokens to which a language-model head is confined; None for the whole vocabulary.
+            shortened: Whether layers that the head does not borrow are left out even if it learns with them.
 
         Returns:
             The model's logits, (B, C) or (B, S, C); of spans, those of start and end, (B, S, 2).
@@ -138,7 +152,11 @@ class Shortcut:
                 if index in given:
                     stack.enter_context(replaced_forward(layer, _returning(given[index])))
                 elif index not in self._kept[block]:
-                    forward = self._passing_on(index, beside, bypassed=index < self._cut.spans[block].last)
+                    below = index < self._cut.spans[block].last
+                    if self.straight_through and not shortened and not below:
+                        forward = _straight_through(layer.forward)
+                    else:
+                        forward = self._passing_on(index, beside, bypassed=below)
                     stack.enter_context(replaced_forward(layer, forward))
                 stack.callback(layer.register_forward_hook(beside.note(index)).remove)
             return _logits(self.model, inputs)
@@ -248,6 +266,23 @@ class _Beside:
     def before(self, index: int) -> tuple[Any, ...] | None:
         """Return what the layer before has returned; nothing if it is the first of its stack."""
         return self._last.get(self._stacks[index])
+
+
+def _straight_through(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a forward that computes the same, and whose backward takes the layer for the identity.
+
+    This is the straight-through estimator of Bengio et al. (2013), arXiv 1308.3432, with a whole layer in the place
+    of their threshold.
+    """
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        hidden = given_hidden(args, kwargs)
+        with torch.no_grad():
+            output = forward(*args, **kwargs)
+        computed = first_tensor(output) + (hidden - hidden.detach())  # zero, but for its gradient
+        return computed if isinstance(output, Tensor) else (computed, *beside_hidden(output))
+
+    return run
 
 
 def _returning(output: Any) -> Callable[..., Any]:

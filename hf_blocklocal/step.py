@@ -238,9 +238,23 @@ class LocalStep:
             yield
 
     def seen_by_head(
-        self, block: int, hidden: Tensor, inputs: Mapping[str, Any] | None, targets: Targets | None
+        self,
+        block: int,
+        hidden: Tensor,
+        inputs: Mapping[str, Any] | None,
+        targets: Targets | None,
+        *,
+        shortened: bool = False,
     ) -> Tensor:
         """Return what a head is given: the block's output, or the logits that borrowed layers make of it.
+
+        Args:
+            block: The block.
+            hidden: Its output.
+            inputs: The model's inputs.
+            targets: What is asked of the head; None for all it can tell.
+            shortened: Whether to leave out what is not borrowed, even if the head learns with it: to ask what the
+                model would predict if it ended there.
 
         Raises:
             InputsNeededError: If layers are borrowed and the inputs are missing.
@@ -255,7 +269,8 @@ class LocalStep:
         trail = self.boundaries.trail if hidden.requires_grad else self.boundaries.trail.detached()
         tokens_C = None if targets is None or targets.candidates is None else targets.candidates.ids_C
         with self.boundaries.suspended():
-            return self.shortcut.logits(block, self.heads[block].translate(hidden), inputs, trail, tokens_C)
+            translated = self.heads[block].translate(hidden)
+            return self.shortcut.logits(block, translated, inputs, trail, tokens_C, shortened=shortened)
 
     def borrowing(self, block: int, *, heads_only: bool = False) -> AbstractContextManager[None]:
         """Lend the head of a block what it borrows from the model, for its forward and its backward pass."""

@@ -302,7 +302,7 @@ def hidden_after(model, path, batch):
         ({}, True, 1),
         ({"num_blocks": 3}, True, 2),
         ({"num_blocks": 6}, True, 2),
-        ({}, False, 0),
+        ({}, False, 1),
         ({"head_layers": 0}, True, 0),
         ({"head_layers": 5}, True, 5),
         ({"feedback": "label"}, True, 0),

@@ -83,7 +83,7 @@ def logits_of_head(
     if not head.borrows:
         return head.logits(hidden, targets)
     with outputs_not_recorded():  # and of the live layers, also where training took copies
-        return assembly.step.seen_by_head(block, hidden, inputs, None)
+        return assembly.step.seen_by_head(block, hidden, inputs, None, shortened=True)
 
 
 def open_trained(

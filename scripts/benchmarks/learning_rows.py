@@ -107,5 +107,6 @@ CANDIDATES = [
     Row("default, copies 10 steps late", "local", {"head_refresh_steps": 10, "head_refresh_lag": 10}),
     Row("default in several processes", "local", in_processes=True),
     Row("default, polished", "local", {"polish": 0.2}),
+    Row("straight through", "local", {"head_bypass": "straight_through"}),
 ]
 ROWS = {row.name: row for row in [*BASELINES, *PUBLISHED, *CANDIDATES]}

@@ -1,0 +1,162 @@
+"""Heads that run every layer above a block and send gradients straight past those that they do not borrow."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from test_parity import examples
+from test_shortcut import TWO_STACKS, gradients_of
+from test_trainer import make
+from zoo import SPECIMENS
+
+from hf_blocklocal import BlockLocalConfig, assemble
+from hf_blocklocal.defaults import settled
+from hf_blocklocal.errors import ConfigError
+from hf_blocklocal.signals import first_tensor
+
+
+def straight_through(**options):
+    return BlockLocalConfig(head_layers=1, head_bypass="straight_through", **options)
+
+
+def seen_by_heads(model, batch, config, **options):
+    """Return what each head is given, in a forward pass without dropout."""
+    assembly = assemble(model, config, batch)
+    seen = []
+
+    def look(block, hidden, _router_logits):
+        seen.append(assembly.step.seen_by_head(block, hidden, batch, None, **options))
+
+    with torch.no_grad(), assembly.step.boundaries.attached(look):
+        expected = model.eval()(**batch).logits
+    return seen, expected
+
+
+@pytest.mark.parametrize("name", ["bert", "gpt2", "llama", "gemma3", "vit", *TWO_STACKS])
+def test_such_a_head_predicts_what_the_model_does(name, borrow):
+    seen, expected = seen_by_heads(borrow(name), SPECIMENS[name].batch(0), straight_through(num_blocks=4))
+    assert len(seen) == 3
+    for logits in seen:
+        torch.testing.assert_close(logits, expected)
+
+
+@pytest.mark.parametrize("name", ["bert", "t5"])
+def test_in_evaluations_the_layers_are_left_out_all_the_same(name, borrow):
+    batch = SPECIMENS[name].batch(0)
+    without, expected = seen_by_heads(borrow(name), batch, straight_through(num_blocks=4), shortened=True)
+    skipping, _ = seen_by_heads(borrow(name), batch, BlockLocalConfig(num_blocks=4, head_layers=1, head_bypass="skip"))
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(without, skipping, strict=True))
+    assert not torch.allclose(without[0], expected)
+
+
+@pytest.mark.parametrize("name", ["bert", "gpt2", "llama", "vit"])
+def test_gradients_pass_the_other_layers_unchanged(name):
+    """At the end of block 0 arrives what the model's own loss sends to the input of the layer that is borrowed."""
+    model, batch = SPECIMENS[name].build(), SPECIMENS[name].batch(0)
+    assembly = assemble(model, straight_through(num_blocks=2, negatives=None), batch)
+    layers = [model.get_submodule(path) for path in assembly.cut.layers]
+    found = {}
+
+    def keep(module, args, output):
+        first_tensor(output).register_hook(lambda gradient: found.setdefault(module, gradient))
+
+    model.train()
+    handles = [layers[1].register_forward_hook(keep)]
+    gradients_of(assembly, model, batch)
+    handles[0].remove()
+    arrived = found.pop(layers[1])
+    handles = [layers[2].register_forward_hook(keep)]
+    model(**batch).loss.backward()
+    handles[0].remove()
+    torch.testing.assert_close(arrived, found[layers[2]], rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("name", ["bert", *TWO_STACKS])
+def test_layers_that_are_passed_learn_nothing(name):
+    model, batch = SPECIMENS[name].build(), SPECIMENS[name].batch(0)
+    assembly = assemble(model, straight_through(num_blocks=4), batch)
+    model.train()
+    learned = []
+
+    def note(block, report):
+        learned.append({key for key, p in model.named_parameters() if p.grad is not None})
+        model.zero_grad()
+
+    with assembly.step.teach(
+        assembly.read_targets(batch), scale=1.0, inputs=batch, backward=torch.Tensor.backward, learned=note
+    ):
+        model(**batch)
+    for block, names in enumerate(learned):
+        assert {assembly.cut.block_of_path(key) for key in names} <= {block, None}
+        assert any(assembly.cut.block_of_path(key) == block for key in names)
+
+
+@pytest.mark.parametrize("name", ["bert", "llama"])
+def test_nothing_of_the_layers_that_are_passed_is_kept_for_a_backward_pass(name):
+    def kept(bypass):
+        model, batch = SPECIMENS[name].build(), SPECIMENS[name].batch(0)
+        assembly = assemble(model, BlockLocalConfig(boundaries=(1,), head_layers=1, head_bypass=bypass), batch)
+        sizes = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: (sizes.append(t.numel()), t)[1], lambda t: t):
+            gradients_of(assembly, model.train(), batch)
+        return sum(sizes)
+
+    assert kept("straight_through") == kept("skip")
+
+
+def test_the_forward_pass_of_all_layers_counts_as_a_cost_of_the_head(borrow):
+    costs = {
+        bypass: assemble(
+            borrow("bert"),
+            BlockLocalConfig(boundaries=(1,), head_layers=1, head_bypass=bypass),
+            SPECIMENS["bert"].batch(0),
+        ).head_costs[0]
+        for bypass in ("skip", "straight_through")
+    }
+    # Of three layers above one, two are passed: a forward pass each, beside the three passes of the block.
+    assert costs["straight_through"] == pytest.approx(costs["skip"] + 2 / 3, rel=0.05)
+
+
+def test_copies_are_of_all_layers_above():
+    model, batch = SPECIMENS["bert"].build(), SPECIMENS["bert"].batch(0)
+    assembly = assemble(model, straight_through(num_blocks=2, head_refresh_steps=2), batch)
+    above = {key for key, _ in model.named_parameters() if assembly.cut.block_of_path(key) == 1}
+    assert above <= assembly.lent[0]
+
+
+def test_it_is_the_default_of_an_encoder_decoder_whose_blocks_are_together(tmp_path):
+    trainer = make("t5", tmp_path, eval_dataset=examples(SPECIMENS["t5"])[:5])
+    trainer.train()
+    assert "through layers 3, straight past the others" in trainer.assembly.describe()
+    assert 0 < trainer.evaluate()["eval_block_0_loss"] < float("inf")
+    trainer.save_model()
+    saved = BlockLocalConfig.from_pretrained(tmp_path)
+    assert (saved.head_layers, saved.head_bypass) == (1, "straight_through")
+
+
+@pytest.mark.parametrize(
+    ("options", "single_stack", "expected"),
+    [
+        ({}, True, (1, "skip")),
+        ({}, False, (1, "straight_through")),
+        ({"num_blocks": 4}, False, (2, "straight_through")),
+        ({"head_bypass": "skip"}, False, (1, "skip")),
+        ({"head_bypass": "straight_through"}, True, (1, "straight_through")),
+        ({"head_layers": 0}, False, (0, "skip")),
+        ({"feedback": "label"}, False, (0, "skip")),
+        ({"block_parallel_size": 2}, False, (0, "skip")),
+        ({"placement": "devices"}, False, (0, "skip")),
+    ],
+)
+def test_what_is_left_open_depends_on_the_model_and_on_where_blocks_are(options, single_stack, expected):
+    config = settled(BlockLocalConfig(**{"num_blocks": 2} | options), single_stack=single_stack)
+    assert (config.head_layers, config.head_bypass) == expected
+
+
+def test_what_it_cannot_be_combined_with_is_named():
+    with pytest.raises(ConfigError, match="head_bypass='straight_through' and head_layers=0 exclude each other"):
+        BlockLocalConfig(head_layers=0, head_bypass="straight_through")
+    with pytest.raises(ConfigError, match="and block_parallel_size=2 exclude each other"):
+        BlockLocalConfig(num_blocks=2, block_parallel_size=2, head_bypass="straight_through")
+    with pytest.raises(ConfigError, match="head_bypass='around' is not known"):
+        BlockLocalConfig(head_bypass="around")
