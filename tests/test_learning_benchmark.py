@@ -294,3 +294,16 @@ def test_a_case_is_complete_when_all_of_its_seeds_are_there(scripts, store, tiny
     complete = scripts["learning_cases"].is_complete
     assert complete(case, store, (0,))
     assert not complete(case, store, (0, 1))
+
+
+def test_a_task_that_is_run_anew_replaces_its_part_of_the_report_alone(scripts, tmp_path):
+    learning, path = scripts["learning"], tmp_path / "learning.json"
+    old = {"seeds": [0], "command": "all", "tasks": {"a": {"cases": [1]}, "b": {"cases": [2]}}}
+    path.write_text(json.dumps(old), encoding="utf-8")
+    new = learning.with_other_tasks({"seeds": [0], "tasks": {"b": {"cases": [3]}}}, path)
+    assert new["tasks"] == {"a": {"cases": [1]}, "b": {"cases": [3]}}
+    assert (list(new["tasks"]), new["command"]) == (["a", "b"], "all")
+    with pytest.raises(SystemExit, match=r"is of seeds \[0\], not \[0, 1\]"):
+        learning.with_other_tasks({"seeds": [0, 1], "tasks": {}}, path)
+    with pytest.raises(SystemExit, match="is none"):
+        learning.with_other_tasks({"seeds": [0], "tasks": {}}, tmp_path / "nothing.json")

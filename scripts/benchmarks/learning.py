@@ -7,12 +7,14 @@ in runs/learning/, so the command can be stopped and started again. A run that f
     OMP_NUM_THREADS=1 python scripts/benchmarks/learning.py --jobs 2
     OMP_NUM_THREADS=1 python scripts/benchmarks/learning.py --tasks text images --rows pred default --blocks 2
     python scripts/benchmarks/learning.py --size large              # a 120 million parameter language model, on a GPU
+    OMP_NUM_THREADS=1 python scripts/benchmarks/learning.py --tasks cipher --update    # one task of the table anew
     python scripts/benchmarks/learning.py --plan                    # only say how long it would take
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import multiprocessing
 import os
 import traceback
@@ -32,6 +34,7 @@ from learning_tasks import SIZES, Task
 
 
 FOLDER = HERE.parents[1] / "runs" / "learning"
+RESULTS = {"cpu": HERE / "results" / "learning-cpu.json", "cuda": HERE / "results" / "learning-gpu.json"}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -58,9 +61,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         context = multiprocessing.get_context("spawn")
         with ProcessPoolExecutor(options.jobs, context, start_worker, (options.threads,)) as pool:
             run_all(cases, store, pool, seeds=options.seeds, jobs=options.jobs, again=options.again)
-    if options.output is None and (options.tasks or options.rows or options.blocks):
+    whole = options.output or RESULTS[device]
+    if options.output is None and not options.update and (options.tasks or options.rows or options.blocks):
         options.output = store.folder / "selection.json"  # the committed file is of the whole
     report = summarize(cases, store, seeds=options.seeds, skipped=skipped)
+    if options.update:
+        report = with_other_tasks(report, whole)
     print("\n".join(markdown(report)))
     print(f"\nWritten to {write_report('learning', device, options, report)}")
     if options.plot:
@@ -86,8 +92,32 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--plot", type=Path, help="Image to draw; needs matplotlib.")
     parser.add_argument("--again", action="store_true", help="Run once more what has failed.")
     parser.add_argument("--made", action="store_true", help="Run nothing: report the cells whose runs are all there.")
+    parser.add_argument(
+        "--update", action="store_true", help="Write the file of the whole, with its other tasks as they are there."
+    )
     parser.add_argument("--plan", action="store_true", help="Print the estimate and stop.")
     return parser
+
+
+def with_other_tasks(report: dict[str, Any], path: Path) -> dict[str, Any]:
+    """Return a report with the tasks that only an earlier one has; the command stays that of the whole.
+
+    Args:
+        report: Of some tasks, each with all its rows.
+        path: File of the earlier report.
+
+    Raises:
+        SystemExit: If there is none, or it is of other seeds.
+    """
+    if not path.is_file():
+        raise SystemExit(f"--update needs a report to put tasks into, and {path} is none. Leave --update out.")
+    earlier = json.loads(path.read_text(encoding="utf-8"))
+    if earlier["seeds"] != report["seeds"]:
+        raise SystemExit(
+            f"{path} is of seeds {earlier['seeds']}, not {report['seeds']}. Take those, or leave --update out."
+        )
+    tasks = {name: report["tasks"].get(name, task) for name, task in earlier["tasks"].items()}
+    return {**report, "command": earlier["command"], "tasks": {**tasks, **report["tasks"]}}
 
 
 def choose_tasks(options: argparse.Namespace) -> list[Task]:
