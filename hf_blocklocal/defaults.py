@@ -7,10 +7,13 @@ their own, and a decoder that runs whole has to be where the encoder is.
 
 from __future__ import annotations
 
+import logging
 from dataclasses import replace
 
 from hf_blocklocal.config import BlockLocalConfig
 
+
+logger = logging.getLogger(__name__)
 
 # Fields that speak of a head with parameters of its own; any that is not as it comes turns borrowing off.
 OWN_HEAD = (
@@ -58,6 +61,13 @@ def settled(config: BlockLocalConfig, *, single_stack: bool) -> BlockLocalConfig
     if config.head_layers is None:
         asked = any(getattr(config, name) != getattr(BlockLocalConfig, name) for name in OWN_HEAD)
         own_head = asked or (not single_stack and config.blocks_apart)
+        if own_head and not asked:
+            logger.warning(
+                "With %s, the blocks of an encoder-decoder learn from heads of their own. With those, a pretrained "
+                "encoder has come out worse than frozen (docs/learning.md): freeze it, or keep all blocks in one "
+                "process and on one device.",
+                config.apart_by,
+            )
         config = replace(config, head_layers=0 if own_head else default_head_layers(config.num_blocks))
     if config.head_bypass == "auto":
         runs_all = config.head_layers > 0 and not single_stack and not config.blocks_apart

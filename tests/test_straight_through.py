@@ -153,6 +153,13 @@ def test_what_is_left_open_depends_on_the_model_and_on_where_blocks_are(options,
     assert (config.head_layers, config.head_bypass) == expected
 
 
+def test_an_encoder_that_would_better_be_frozen_is_warned_of(caplog):
+    settled(BlockLocalConfig(num_blocks=2, head_layers=0), single_stack=False)
+    assert not caplog.records
+    settled(BlockLocalConfig(num_blocks=2, block_parallel_size=2), single_stack=False)
+    assert "With block_parallel_size=2, the blocks of an encoder-decoder learn from heads of their own" in caplog.text
+
+
 def test_what_it_cannot_be_combined_with_is_named():
     with pytest.raises(ConfigError, match="head_bypass='straight_through' and head_layers=0 exclude each other"):
         BlockLocalConfig(head_layers=0, head_bypass="straight_through")
