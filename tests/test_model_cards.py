@@ -23,10 +23,8 @@ over_cards = pytest.mark.parametrize("path", CARDS.values(), ids=CARDS)
 
 
 @pytest.mark.parametrize("path", TRAIN, ids=lambda path: path.stem)
-def test_every_configuration_has_its_card_or_is_said_to_have_none(path):
-    if path.stem not in CARDS:
-        assert f"`{path.name}`" in INDEX.split("Without a card")[1]
-        return
+def test_every_configuration_has_its_card(path):
+    assert path.stem in CARDS
     assert f"[{path.stem}]({path.stem}/README.md)" in INDEX
     assert f"`configs/train/{path.name}`" in INDEX
 
@@ -75,8 +73,9 @@ def test_a_card_shows_the_numbers_and_the_figures_of_its_own_run(path):
     assert "loss" in metrics
     for name in metrics:
         assert f"{last[f'eval_{name}']:.3f}" in model
-    for name in ("loss", "accuracy"):
-        assert f"{last[f'eval_block_0_{name}']:.3f}" in told["head of block 0"]
+    of_head = [f"{value:.3f}" for name, value in last.items() if name.startswith("eval_block_0_")]
+    assert of_head
+    assert set(of_head) <= set(told["head of block 0"]), "a number has no accuracy, all others have"
     (cut,) = (row for row in rows if isinstance(row, CutRow))
     assert [line[2] for line in lines_of(section(text, "How it was cut"))[2:]] == [
         f"{b.parameters:,}" for b in cut.blocks
