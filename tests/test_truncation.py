@@ -250,8 +250,9 @@ def test_without_what_its_head_borrows_a_model_is_smaller_still(borrow):
 
 def test_an_encoder_without_decoder_is_refused(borrow):
     batch = SPECIMENS["t5"].batch(0)
+    assembly = assemble(borrow("t5"), BlockLocalConfig(num_blocks=4, head_layers=0), batch)
     with pytest.raises(TruncationError, match=r"Nothing would be left of decoder\.block"):
-        truncate(assemble(borrow("t5"), BlockLocalConfig(num_blocks=4), batch), 1, calibration=[batch], inputs=batch)
+        truncate(assembly, 1, calibration=[batch], inputs=batch)
 
 
 # ---- What cannot be ----
