@@ -12,10 +12,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from hf_blocklocal.anatomy import outputs_not_recorded
 from hf_blocklocal.feedback import FeedbackHead
+from hf_blocklocal.operations import operation_counter
 from hf_blocklocal.step import LocalStep
 from hf_blocklocal.targets import Targets
 from hf_blocklocal.trace import evaluation_mode
@@ -56,7 +56,7 @@ def head_operations(model: nn.Module, step: LocalStep, inputs: Mapping[str, Any]
     def leave(block: int, hidden: Tensor, _router_logits: tuple[Tensor, ...]) -> None:
         head, leaf = step.heads[block], hidden.detach().requires_grad_()
         with torch.enable_grad(), outputs_not_recorded(), step.borrowing(block, heads_only=True):
-            with FlopCounterMode(display=False) as counter:
+            with operation_counter() as counter:
                 loss = head(step.seen_by_head(block, leaf, inputs, targets), targets).sum()
                 if head.reconstruction is not None:
                     loss = loss + head.reconstruction(leaf, step.inlets[block].hidden, targets)
@@ -78,7 +78,7 @@ def head_operations(model: nn.Module, step: LocalStep, inputs: Mapping[str, Any]
 
 def _once_per_step(head: FeedbackHead, targets: Targets) -> int:
     """Count the operations of the messages of all possible targets."""
-    with FlopCounterMode(display=False) as counter:
+    with operation_counter() as counter:
         messages_CZ = head.feedback(targets)
         if messages_CZ is not None and messages_CZ.requires_grad:
             messages_CZ.sum().backward()

@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from hf_blocklocal.anatomy import (
     Stack,
@@ -24,6 +23,7 @@ from hf_blocklocal.anatomy import (
 from hf_blocklocal.blocks import Boundaries, Cut, reached_parameters
 from hf_blocklocal.config import BlockLocalConfig
 from hf_blocklocal.errors import CutError, TargetError
+from hf_blocklocal.operations import operation_counter
 from hf_blocklocal.partition import Span, even_spans, spans_by_cost, spans_from_boundaries
 from hf_blocklocal.signals import beside_hidden, first_tensor, given_hidden
 from hf_blocklocal.spans import SPANS, has_spans, sequence_shape, span_logits
@@ -102,7 +102,7 @@ def trace_layers(
     forms: dict[str, int] = {}
     lends: dict[str, bool] = {}
     marks: list[float] = []
-    flops = FlopCounterMode(display=False)
+    flops = operation_counter()
 
     def entered(path: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         hidden = given_hidden(args, kwargs)

@@ -17,18 +17,18 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 
 from hf_blocklocal.blocks import Boundaries
 from hf_blocklocal.memory import ActivationMeter
+from hf_blocklocal.operations import operation_counter
 from hf_blocklocal.signals import beside_hidden, first_tensor
 
 
 def counter() -> FlopCounterMode:
     """Return a counter of operations that knows the attention of the CPU too, which torch's own leaves out."""
     attention = torch.ops.aten
-    return FlopCounterMode(
-        display=False,
-        custom_mapping={
+    return operation_counter(
+        {
             attention._scaled_dot_product_flash_attention_for_cpu: _attention,
             attention._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
-        },
+        }
     )
 
 

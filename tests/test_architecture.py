@@ -29,6 +29,7 @@ FLOORS = [
         "lending",
         "memory",
         "metrics",
+        "operations",
         "optim",
         "overlap",
         "partition",

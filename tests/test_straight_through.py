@@ -6,7 +6,7 @@ import pytest
 import torch
 from test_parity import examples
 from test_shortcut import TWO_STACKS, gradients_of
-from test_trainer import make
+from training import make
 from zoo import SPECIMENS
 
 from hf_blocklocal import BlockLocalConfig, assemble

@@ -115,7 +115,7 @@ def test_a_model_in_bf16_weights_learns(tmp_path):
     assert after["heads.0.readout.linear.weight"].dtype == torch.float32
 
 
-@pytest.mark.parametrize("name", ["bert", "mixtral", "deberta_v2"])
+@pytest.mark.parametrize("name", ["bert", "mixtral", "deberta_v2", "bart"])
 def test_checkpointing_inside_blocks_gives_the_same_weights(name, tmp_path):
     states = []
     for checkpointing in (False, True):

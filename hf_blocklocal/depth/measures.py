@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from hf_blocklocal.anatomy import is_encoder_decoder, vocabulary_size
 from hf_blocklocal.depth.calibration import on_device
@@ -23,6 +22,7 @@ from hf_blocklocal.depth.exits import EarlyExit
 from hf_blocklocal.depth.opening import Opened
 from hf_blocklocal.depth.truncation import Fit, layers_kept, save, shortened
 from hf_blocklocal.errors import TargetError, TruncationError
+from hf_blocklocal.operations import operation_counter
 from hf_blocklocal.spans import answer_logits, has_spans
 from hf_blocklocal.targets import IGNORED, has_labels, labels_of
 from hf_blocklocal.trace import evaluation_mode
@@ -88,7 +88,7 @@ def measure(
             if exits is not None:
                 exits.update(model.exits_B.tolist())
         if count:
-            with FlopCounterMode(display=False) as counter:
+            with operation_counter() as counter:
                 for batch in batches:
                     model(**_without_labels(model, batch))
             operations = counter.get_total_flops() / samples
