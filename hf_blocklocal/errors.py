@@ -103,6 +103,10 @@ class OutOfStepError(BlockLocalError, RuntimeError):
     """A process of a chain has ended where another goes on. Let callbacks and conditions come out the same in all."""
 
 
+class FolderNotSharedError(BlockLocalError, ValueError):
+    """Processes of several machines do not see the same folder, and have to. Share it, or copy what is missing."""
+
+
 class HistoryError(BlockLocalError, ValueError):
     """A history file is missing or holds a line that is no row. The message names the line; mend or remove it."""
 

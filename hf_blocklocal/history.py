@@ -154,7 +154,7 @@ class Timeline(Row):
 
     Attributes:
         block: The block.
-        start: When it began, in seconds since any fixed moment of the run.
+        start: When it began, in seconds since any fixed moment of the run, by the clock of the first process.
         stop: When it ended.
         work: What was done, for example `"forward"` or `"backward"`.
     """

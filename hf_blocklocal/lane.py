@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 
 from hf_blocklocal.history import Timeline
 
@@ -43,7 +44,7 @@ class Lane:
     Args:
         block: The block.
         waits: Returns beginning and end of each time of waiting so far, as far as they are remembered.
-        now: The clock, the same in all processes.
+        now: The clock.
     """
 
     def __init__(
@@ -62,6 +63,10 @@ class Lane:
         stretches = work_between(self._began, self._now(), self._waits())
         self._rows.append([Timeline(step, self._block, *stretch) for stretch in stretches])
 
-    def rows(self) -> list[Timeline]:
-        """Return the stretches of work in the last steps."""
-        return [row for rows in self._rows for row in rows]
+    def rows(self, ahead: float = 0.0) -> list[Timeline]:
+        """Return the stretches of work in the last steps.
+
+        Args:
+            ahead: By how many seconds the clock to tell them by is ahead of this one.
+        """
+        return [replace(row, start=row.start + ahead, stop=row.stop + ahead) for rows in self._rows for row in rows]

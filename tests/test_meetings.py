@@ -84,8 +84,11 @@ def test_trainers_of_one_process_do_not_hear_each_others_failures(alone):
         first.together(time.sleep, 30)
     assert second.together(lambda: "goes on") == "goes on"
     second.peers.check_all()
-    assert first.peers.agree_to_stop(3, decides=True, waiting=nothing) == 3
-    assert second.peers.agree_to_stop(9, decides=True, waiting=nothing) == 9
+    first.peers.tell_to_stop()
+    assert first.peers.stop_at(3, decides=True) == 3
+    assert first.peers.stop_at(4, decides=True) == 3
+    assert not second.peers.told_to_stop
+    assert second.peers.stop_at(9, decides=True) is None
 
 
 def test_a_run_in_a_thread_of_its_own_takes_no_signals(alone):

@@ -133,7 +133,9 @@ class HistoryCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Let every process say what it has taken in all."""
-        mine = self._of_this_process(self._run) + ([] if self._lane is None else self._lane.rows())
+        mine = self._of_this_process(self._run)
+        if self._lane is not None:
+            mine += self._lane.rows(self.trainer._chain.first_is_ahead_by())
         for rows in gather_from_processes(mine, args.world_size):
             for row in rows if state.is_world_process_zero else ():
                 self.add(row)

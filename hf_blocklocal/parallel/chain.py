@@ -22,6 +22,9 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
 from hf_blocklocal.errors import BlockLocalError, BlockPeerError, UnsupportedSettingError
+from hf_blocklocal.parallel.board import said_by_all
+from hf_blocklocal.parallel.clocks import ahead_by, ask_time, tell_time
+from hf_blocklocal.parallel.machines import machine_here, names_of
 from hf_blocklocal.parallel.meetings import Meetings
 from hf_blocklocal.parallel.peers import Peers
 from hf_blocklocal.parallel.stream import Inbox, Link, Outbox
@@ -76,7 +79,8 @@ class Chain:
     @property
     def name(self) -> str:
         """What this process is called in messages."""
-        return f"block {self.block} (rank {self.first_rank + self.block})"
+        name = self.peers.names[self.first_rank + self.block]
+        return f"{name[0].lower()}{name[1:]}"
 
     @property
     def first_rank(self) -> int:
@@ -146,15 +150,6 @@ class Chain:
     def _boxes(self) -> list[Outbox | Inbox]:
         return [*self._outboxes, *self._inboxes]
 
-    def look_around(self) -> None:
-        """Raise if a process that this one exchanges messages with has failed or is gone.
-
-        Raises:
-            BlockPeerError: If one is.
-        """
-        for box in self._boxes:
-            self.peers.check(box.link.peer, box.error)
-
     def together(self, function: Callable[..., Result], *args: Any, **kwargs: Any) -> Result:
         """Run a function that waits for other processes, and return what it returns.
 
@@ -172,6 +167,14 @@ class Chain:
     def meet(self) -> None:
         """Wait until all processes are here, so that what they do next cannot wait for one that is gone."""
         self.together(dist.barrier, group=self.control)
+
+    def first_is_ahead_by(self) -> float:
+        """Return by how many seconds the first clock of this chain is ahead of the one here; all of it must call."""
+        if self.block > 0:
+            return ahead_by(self.together(ask_time, self.first_rank, self.control_of_blocks))
+        for rank in range(self.first_rank + 1, self.last_rank + 1):
+            self.together(tell_time, rank, self.control_of_blocks)
+        return 0.0
 
     def explain(self, error: BaseException) -> None:
         """Look for what is behind an error that may come of a broken connection.
@@ -258,8 +261,8 @@ def form_chains(num_blocks: int, device: torch.device, *, peer_timeout: float) -
         )
     rank = dist.get_rank()
     mesh = init_device_mesh(device.type, (world // num_blocks, num_blocks), mesh_dim_names=("replica", "block"))
-    names = [f"Block {other % num_blocks} (rank {other})" for other in range(world)]
     store = dist.PrefixStore(f"hf_blocklocal/{next(_NUMBERS)}", dist.distributed_c10d._get_default_store().clone())
+    names = names_of(said_by_all(store, rank, world, "machine", machine_here()), num_blocks)
     peers = Peers(store, rank=rank, names=names, timeout=peer_timeout)
     chain = Chain(
         block=rank % num_blocks,

@@ -102,9 +102,7 @@ def _answer(chain: Chain, asking: int, tensors: Mapping[str, Tensor], facts: Any
     forms = [[name, *_form(tensor)] for name, tensor in tensors.items()]
     description, said = take_apart([forms, facts])
     assert not said, "facts are plain values"
-    message = encoded({"value": description})
-    dist.send(torch.tensor([len(message)]), asking, group=group)
-    dist.send(message, asking, group=group)
+    _send_bytes(encoded({"value": description}), asking, group)
     here, place = list(tensors.values()), torch.empty(1, dtype=torch.int64)
     while True:
         dist.recv(place, asking, group=group)
@@ -115,15 +113,26 @@ def _answer(chain: Chain, asking: int, tensors: Mapping[str, Tensor], facts: Any
 
 def _be_told(gathered: Gathered, rank: int) -> None:
     """Take down what another process has."""
-    group, length = gathered.chain.control_of_blocks, torch.empty(1, dtype=torch.int64)
-    dist.recv(length, rank, group=group)
-    message = torch.empty(int(length), dtype=torch.uint8)
-    dist.recv(message, rank, group=group)
-    forms, facts = put_together(decoded(message)["value"], [])
+    forms, facts = put_together(decoded(_receive_bytes(rank, gathered.chain.control_of_blocks))["value"], [])
     for place, (name, dtype, shape) in enumerate(forms):
         gathered.forms[name] = TensorForm(dtype, tuple(shape))
         gathered._places[name] = (rank, place)
     gathered.said.append(facts)
+
+
+def gathered_from_chains(chain: Chain, content: bytes) -> list[bytes]:
+    """Return what the first processes of all chains have, in the one that writes checkpoints; nothing in the others.
+
+    Args:
+        chain: The place of this process, which is the first of its chain.
+        content: What it has.
+    """
+    assert chain.block == 0, "the other processes of a chain have nothing to say"
+    if chain.writes:
+        others = range(chain.num_blocks, chain.num_replicas * chain.num_blocks, chain.num_blocks)
+        return [content, *(bytes(chain.together(_receive_bytes, rank, chain.control).numpy()) for rank in others)]
+    chain.together(_send_bytes, torch.frombuffer(bytearray(content), dtype=torch.uint8), 0, chain.control)
+    return []
 
 
 def give_to_all(chain: Chain, tensors: Mapping[str, Tensor], names: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -198,6 +207,19 @@ def sum_over_blocks(chain: Chain, values: Tensor) -> Tensor:
     values = values.clone()
     chain.together(dist.all_reduce, values, group=chain.blocks)
     return values
+
+
+def _send_bytes(content: Tensor, rank: int, group: dist.ProcessGroup) -> None:
+    dist.send(torch.tensor([len(content)]), rank, group=group)
+    dist.send(content, rank, group=group)
+
+
+def _receive_bytes(rank: int, group: dist.ProcessGroup) -> Tensor:
+    length = torch.empty(1, dtype=torch.int64)
+    dist.recv(length, rank, group=group)
+    content = torch.empty(int(length), dtype=torch.uint8)
+    dist.recv(content, rank, group=group)
+    return content
 
 
 def _form(tensor: Tensor) -> tuple[str, tuple[int, ...]]:

@@ -1,6 +1,7 @@
 """What a process does when it is told to end: say who is missing, or stop where all processes can stop together.
 
-A launcher tells all processes to end as soon as one has died, often before the others have noticed.
+A launcher tells all processes to end as soon as one has died, often before the others have noticed. Where there are
+several launchers, one for each machine, the processes of the others are told by those of the first to hear it.
 """
 
 from __future__ import annotations
@@ -63,18 +64,20 @@ class Leaving:
         Args:
             step: Optimizer steps taken so far.
         """
-        return self._told and step >= self._chain.peers.agree_to_stop(
-            step + _MARGIN, decides=self._chain.writes, waiting=self._chain.look_around
-        )
+        if not self._save or not self._chain.peers.told_to_stop:
+            return False
+        last = self._chain.peers.stop_at(step + _MARGIN, decides=self._chain.writes)
+        return last is not None and step >= last
 
     def _hear(self, sign: int, frame: FrameType | None) -> None:
+        peers = self._chain.peers
         try:
-            self._chain.peers.look_for_missing()
-        except BlockPeerError as error:
-            sys.stderr.write(f"{type(error).__name__}: {error}\n")
-        else:
+            peers.look_for_missing()
             if self._save and self._in_run and not self._told:
                 self._told = True
+                peers.tell_to_stop()
                 return
+        except BlockPeerError as error:
+            sys.stderr.write(f"{type(error).__name__}: {error}\n")
         signal.signal(sign, self._before[sign])
         signal.raise_signal(sign)

@@ -9,11 +9,14 @@ from __future__ import annotations
 import json
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from contextlib import suppress
+from typing import NoReturn
 
 import torch.distributed as dist
 
 from hf_blocklocal.errors import BlockPeerError
+from hf_blocklocal.parallel.board import Board
 
 
 _BEAT = 0.5
@@ -33,23 +36,33 @@ class Peers:
         rank: This process.
         names: What each process is called in messages, by rank.
         timeout: Seconds without a sign of life after which a process counts as lost.
+
+    Attributes:
+        names: What each process is called in messages, by rank.
+        step: Optimizer steps that this process has taken; it says so with every sign of life.
+        told_to_stop: Whether this process has heard that all are to stop.
     """
 
     def __init__(self, store: dist.Store, *, rank: int, names: Sequence[str], timeout: float) -> None:
         self.step = 0
-        self._store, self._rank, self._names, self._timeout = store, rank, names, timeout
+        self.told_to_stop = False
+        self._board = Board(store, self._lose_board)
+        self.names = tuple(names)
+        self._rank, self._timeout = rank, timeout
         self._seen: dict[int, tuple[bytes, float]] = {}
         self._looked = 0.0
         self._stopped = threading.Event()
-        self._beats = threading.Thread(target=self._beat, args=(store.clone(),), name="sign of life", daemon=True)
+        board = Board(store.clone(), self._lose_board)
+        self._beats = threading.Thread(target=self._beat, args=(board,), name="sign of life", daemon=True)
         self._beats.start()
 
     def report(self, error: BaseException) -> None:
         """Leave word of why this process fails, unless it fails because of another one."""
         if not isinstance(error, BlockPeerError):
             said = {"rank": self._rank, "step": self.step, "error": f"{type(error).__name__}: {error}"[:2000]}
-            self._store.set(f"failed/{self._rank}", json.dumps(said))
-            self._store.set("failed", str(self._rank))
+            with suppress(BlockPeerError):  # what has happened here is what its user is to read
+                self._board.set(f"failed/{self._rank}", json.dumps(said))
+                self._board.set("failed", str(self._rank))
 
     def look_for_missing(self) -> None:
         """Wait for a sign of life of every process.
@@ -57,7 +70,7 @@ class Peers:
         Raises:
             BlockPeerError: If one has failed or does not give any.
         """
-        before = [self._sign(rank) for rank in range(len(self._names))]
+        before = [self._sign(rank) for rank in range(len(self.names))]
         until = time.monotonic() + _NOTICING
         while time.monotonic() < until:
             self._look_for_failures()
@@ -65,22 +78,30 @@ class Peers:
                 return
             time.sleep(0.1)
         rank = next(rank for rank, sign in enumerate(before) if self._sign(rank) == sign)
-        self._give_up(rank, f"is gone; {self._where(rank)}")
+        self._miss(rank, f"is gone; {self._where(rank)}")
 
-    def agree_to_stop(self, step: int, *, decides: bool, waiting: Callable[[], None]) -> int:
-        """Return the step after which all processes stop.
+    def tell_to_stop(self) -> None:
+        """Pass on to all processes, those of other machines too, that they are to stop."""
+        self._board.set("stop", "please")
+        self._hear_to_stop(self._board)
+
+    def stop_at(self, step: int, *, decides: bool) -> int | None:
+        """Return the step after which all processes stop, once every one of them has heard that they are to.
+
+        Nobody waits for it: one that stood still would keep others from coming as far as that step.
 
         Args:
             step: Where this process could stop.
             decides: Whether what it says counts.
-            waiting: Called while another process has not decided yet.
         """
-        if decides and not self._store.check(["stop"]):
-            self._store.set("stop", str(step))
-        while not self._store.check(["stop"]):
-            waiting()
-            time.sleep(0.1)
-        return int(self._store.get("stop"))
+        heard = (f"told/{rank}" for rank in range(len(self.names)))
+        if decides and not self._board.has("stop_at") and self._board.has(*heard):
+            self._board.set("stop_at", str(step))
+        return int(self._board.get("stop_at")) if self._board.has("stop_at") else None
+
+    def _hear_to_stop(self, board: Board) -> None:
+        self.told_to_stop = True  # first, as others rely on what the notice says
+        board.set(f"told/{self._rank}", "yes")
 
     def stop(self) -> None:
         """Say no more, and wait for what is being said: an interpreter that ends in the middle of it is aborted."""
@@ -105,7 +126,7 @@ class Peers:
                 break
             time.sleep(0.1)
         if broken is not None:
-            self._give_up(peer, f"is gone; {self._where(peer)} ({str(broken).splitlines()[0][:200]})")
+            self._miss(peer, f"is gone; {self._where(peer)} ({str(broken).splitlines()[0][:200]})")
         self._check_sign(peer)
 
     def check_all(self) -> None:
@@ -117,7 +138,7 @@ class Peers:
         self._look_for_failures()
         if time.monotonic() < self._looked + _LOOK:
             return
-        for rank in range(len(self._names)):
+        for rank in range(len(self.names)):
             if rank != self._rank:
                 self._check_sign(rank)
         self._looked = time.monotonic()
@@ -125,28 +146,45 @@ class Peers:
     def _check_sign(self, rank: int) -> None:
         silent = self._silent_for(rank)
         if silent > self._timeout:
-            self._give_up(rank, f"has shown no sign of life for {silent:.0f} s; {self._where(rank)}")
+            self._miss(rank, f"has shown no sign of life for {silent:.0f} s; {self._where(rank)}")
 
     def _look_for_failures(self) -> None:
-        if not self._store.check(["failed"]):
+        if not self._board.has("failed"):
             return
-        for rank in range(len(self._names)):
-            if self._store.check([f"failed/{rank}"]):
-                said = json.loads(self._store.get(f"failed/{rank}"))
+        for rank in range(len(self.names)):
+            if self._board.has(f"failed/{rank}"):
+                said = json.loads(self._board.get(f"failed/{rank}"))
                 self._give_up(rank, f"failed at step {said['step']}: {said['error']}")
+        # One that has ended because of another is not to be taken for the cause.
+        for rank in range(len(self.names)):
+            if self._board.has(f"missed/{rank}"):
+                self._give_up(rank, self._board.get(f"missed/{rank}").decode())
 
-    def _give_up(self, rank: int, what: str) -> None:
+    def _miss(self, rank: int, what: str) -> NoReturn:
+        """Give up because of a process that leaves no word itself, and leave word of it in its place."""
+        self._board.set(f"missed/{rank}", what)
+        self._board.set("failed", str(rank))
+        self._give_up(rank, what)
+
+    def _give_up(self, rank: int, what: str) -> NoReturn:
         raise BlockPeerError(
-            f"{self._names[rank]} {what}. {self._names[self._rank]} was at step {self.step} and cannot go on without "
+            f"{self.names[rank]} {what}. {self.names[self._rank]} was at step {self.step} and cannot go on without "
             "it. Resume with trainer.train(resume_from_checkpoint=True)."
         )
+
+    def _lose_board(self, error: dist.DistError) -> NoReturn:
+        raise BlockPeerError(
+            "The launcher of the first machine, which keeps the key-value store of the run, is gone or cannot be "
+            f"reached ({str(error).splitlines()[0][:200]}). {self.names[self._rank]} was at step {self.step} and "
+            "cannot go on without it. Resume with trainer.train(resume_from_checkpoint=True)."
+        ) from error
 
     def _where(self, rank: int) -> str:
         sign = self._sign(rank)
         return f"last heard of at step {sign.decode().split()[0]}" if sign else "it was never heard of"
 
     def _sign(self, rank: int) -> bytes:
-        return self._store.get(f"alive/{rank}") if self._store.check([f"alive/{rank}"]) else b""
+        return self._board.get(f"alive/{rank}") if self._board.has(f"alive/{rank}") else b""
 
     def _silent_for(self, rank: int) -> float:
         """Return for how many seconds, on this process's clock, another one has shown no sign of life."""
@@ -155,8 +193,11 @@ class Peers:
             self._seen[rank] = (sign, now)
         return now - self._seen[rank][1]
 
-    def _beat(self, store: dist.Store) -> None:
+    def _beat(self, board: Board) -> None:
         count = 0
-        while not self._stopped.wait(_BEAT):
-            count += 1
-            store.set(f"alive/{self._rank}", f"{self.step} {count}")
+        with suppress(BlockPeerError):  # the thread that computes will find out, and says so
+            while not self._stopped.wait(_BEAT):
+                count += 1
+                board.set(f"alive/{self._rank}", f"{self.step} {count}")
+                if not self.told_to_stop and board.has("stop"):
+                    self._hear_to_stop(board)

@@ -12,7 +12,7 @@ from tempfile import TemporaryDirectory
 from torch import Tensor
 from transformers.trainer import OPTIMIZER_NAME
 
-from hf_blocklocal.parallel.gathering import gathered_at_first
+from hf_blocklocal.parallel.gathering import gathered_at_first, gathered_from_chains
 from hf_blocklocal.parallel.pickled_file import placeholders_for, write_pickled
 from hf_blocklocal.parallel.shards import plain_values_in, state_of, tensors_in
 from hf_blocklocal.parallel.stationing import Whole
@@ -56,18 +56,21 @@ class KeepsApart(TakesStation):
                 write_tensors(path, gathered.forms, gathered.__getitem__)
 
     def _save_rng_state(self, output_dir: str) -> None:
-        """Write the random state of every chain once, as data-parallel processes would."""
+        """Write the random state of every chain once, as data-parallel processes would, where the rest is written."""
         if self._chain is None:
             super()._save_rng_state(output_dir)
         elif self._chain.block == 0:
-            Path(output_dir).mkdir(parents=True, exist_ok=True)  # another chain may be here before the one that writes
             with TemporaryDirectory() as folder:
                 super()._save_rng_state(folder)
-                shutil.move(Path(folder) / self._random_state_file, Path(output_dir) / self._random_state_of_replica)
+                content = (Path(folder) / self._random_state_file).read_bytes()
+            for replica, state in enumerate(gathered_from_chains(self._chain, content)):
+                (Path(output_dir) / self._random_state_of(replica)).write_bytes(state)
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         """Read the random state of this chain, whoever wrote it."""
-        names = [] if self._chain is None or checkpoint is None else [self._random_state_of_replica, "rng_state.pth"]
+        names = []
+        if self._chain is not None and checkpoint is not None:
+            names = [self._random_state_of(self._chain.replica), "rng_state.pth"]
         found = [Path(checkpoint) / name for name in names if (Path(checkpoint) / name).is_file()]
         if not found:
             return super()._load_rng_state(checkpoint)
@@ -79,6 +82,5 @@ class KeepsApart(TakesStation):
     def _random_state_file(self) -> str:
         return f"rng_state_{self.args.process_index}.pth"
 
-    @property
-    def _random_state_of_replica(self) -> str:
-        return f"rng_state_{self._chain.replica}.pth" if self._chain.num_replicas > 1 else "rng_state.pth"
+    def _random_state_of(self, replica: int) -> str:
+        return f"rng_state_{replica}.pth" if self._chain.num_replicas > 1 else "rng_state.pth"

@@ -9,6 +9,7 @@ other batches), `raises`, `killed`, `stopped` and `silent` (rank and step, or ba
 `noisy` (whether inputs are changed at random as they are read), `runs` (how often to train), `writes` (how to generate
 in predictions, where evaluations are to generate too), `patience` (evaluations without a better one, then it ends),
 `slow` (a rank, and seconds that each forward pass of an evaluation takes there).
+CLOCK_AHEAD in the environment is by how many seconds the clock of this machine is ahead of others.
 """
 
 from __future__ import annotations
@@ -27,6 +28,8 @@ from transformers import EarlyStoppingCallback, Seq2SeqTrainingArguments, Traine
 
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+if "CLOCK_AHEAD" in os.environ:  # before anybody keeps it
+    time.time = partial(lambda ahead, clock: ahead + clock(), float(os.environ["CLOCK_AHEAD"]), time.time)
 
 from menagerie import MENAGERIE
 from zoo import SPECIMENS as ZOO
@@ -188,6 +191,7 @@ def make(folder, case, config, rows, args):
 def run(folder, case):
     """Train, evaluate, predict, and leave `log-RANK.json` and an ordinary checkpoint."""
     specimen = SPECIMENS[case["specimen"]]
+    folder.mkdir(parents=True, exist_ok=True)  # the trainer makes it where it writes
     kind = partial(Seq2SeqTrainingArguments, predict_with_generate=True) if "writes" in case else TrainingArguments
     args = kind(
         str(folder), per_device_train_batch_size=case.get("batch_size", 4), **(ARGUMENTS | case.get("args", {}))
@@ -227,7 +231,10 @@ def run(folder, case):
         unlabelled = [{key: value for key, value in row.items() if key != "labels"} for row in rows[:5]]
         generated = [trainer.predict(unlabelled, **case["writes"]).predictions.tolist(), torch.rand(1).tolist()]
     parameters = list(trainer.assembly.module.parameters())
+    chain = trainer._chain
     log = {
+        "machine": int(os.environ.get("GROUP_RANK", 0)),
+        "chain": 0 if chain is None else chain.replica,
         "metrics": {**trainer.evaluate(), **predicted.metrics},
         "predictions": torch.as_tensor(predictions).flatten().tolist()[:256],
         "training_loss": outcome.training_loss,
