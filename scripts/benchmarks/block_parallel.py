@@ -1,5 +1,8 @@
 """Throughput of a block per process beside one process with all blocks, backpropagation, and data parallelism.
 
+Heads are of their own, which is the same work everywhere. Beside that stand the default heads, which borrow an upper
+layer: live in one process, and a copy where blocks are apart, which makes the lower block the larger one.
+
 Every way of training is started anew in each round, one after the other, with `accelerate launch` where it takes
 several processes, one thread each, the same global batch and an optimizer step per batch. Told per way: samples per
 second, the processor time of a step in the busiest process, and the share of time that each process waited for a
@@ -18,6 +21,7 @@ import os
 import tempfile
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -40,15 +44,39 @@ from common import (
 SIZE = Size(layers=8, batch=16)
 WARM_UP = 4
 ONE, BACKPROPAGATION = "block-local, one process", "backpropagation, one process"
-# The same work everywhere: heads that borrow layers would use live ones in one process, and copies in several.
-OWN_HEADS = {"head_layers": 0}
-# By name: processes, fields of BlockLocalConfig (none for the plain Trainer), and by how much a batch is divided.
-WAYS: dict[str, tuple[int, dict[str, Any] | None, int]] = {
-    BACKPROPAGATION: (1, None, 1),
-    ONE: (1, {"num_blocks": 2, **OWN_HEADS}, 1),
-    "block-local, 2 processes": (2, {"num_blocks": 2, "block_parallel_size": 2, **OWN_HEADS}, 1),
-    "block-local, 4 processes": (4, {"num_blocks": 4, "block_parallel_size": 4, **OWN_HEADS}, 1),
-    "backpropagation, 2 processes, data parallel": (2, None, 2),
+ONE_DEFAULT = f"{ONE}, default heads"
+
+
+@dataclass(frozen=True)
+class Way:
+    """A way of training.
+
+    Attributes:
+        processes: Processes it takes.
+        block_local: Fields of `BlockLocalConfig`; none for the plain Trainer.
+        divided: By how much a batch is divided among processes.
+        beside: The way of one process that it is compared with.
+    """
+
+    processes: int = 1
+    block_local: dict[str, Any] | None = None
+    divided: int = 1
+    beside: str = ONE
+
+
+def blocks(processes: int, **heads: int) -> dict[str, Any]:
+    """Return the fields of a config with a block per process, or with two of them in one."""
+    return {"num_blocks": max(processes, 2), "block_parallel_size": processes, **heads}
+
+
+WAYS = {
+    BACKPROPAGATION: Way(),
+    ONE: Way(1, blocks(1, head_layers=0)),
+    "block-local, 2 processes": Way(2, blocks(2, head_layers=0)),
+    "block-local, 4 processes": Way(4, blocks(4, head_layers=0)),
+    ONE_DEFAULT: Way(1, blocks(1), beside=ONE_DEFAULT),
+    "block-local, 2 processes, default heads": Way(2, blocks(2), beside=ONE_DEFAULT),
+    "backpropagation, 2 processes, data parallel": Way(2, divided=2),
 }
 
 
@@ -75,10 +103,9 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def start(way: str, options: argparse.Namespace) -> list[dict[str, float]]:
     """Train in a way once; return what each process has told."""
-    processes, _, _ = WAYS[way]
     with tempfile.TemporaryDirectory() as folder:
         environment = {"OMP_NUM_THREADS": str(options.threads), "BENCHMARK_FOLDER": folder}
-        run_processes(__file__, [*options.words, "--work", way], processes, environment)
+        run_processes(__file__, [*options.words, "--work", way], WAYS[way].processes, environment)
         return [json.loads(path.read_text()) for path in sorted(Path(folder).glob("told-*.json"))]
 
 
@@ -87,16 +114,15 @@ def train(way: str, size: Size, options: argparse.Namespace) -> None:
     prepare(options)
     from transformers import TrainerCallback
 
-    _, block_local, divided = WAYS[way]
     steps = WARM_UP + options.steps
     trainer = build_trainer(
         build_model("encoder", size),
         build_examples("encoder", size, size.batch * steps),
         os.environ["BENCHMARK_FOLDER"],
         device="cpu",
-        block_local=block_local,
+        block_local=WAYS[way].block_local,
         max_steps=steps,
-        per_device_train_batch_size=size.batch // divided,
+        per_device_train_batch_size=size.batch // WAYS[way].divided,
         # Every look at whether a loss is a number waits for nobody on a CPU; on a GPU it would.
         logging_nan_inf_filter=False,
     )
@@ -123,10 +149,11 @@ def summary(way: str, rounds: Sequence[dict[str, list[dict[str, float]]]], size:
     def busiest(name: str, each: dict[str, list[dict[str, float]]], clock: str) -> float:
         return max(process[clock] for process in each[name])
 
-    result: dict[str, Any] = {"way": way, "processes": WAYS[way][0], "rounds": [each[way] for each in rounds]}
+    result: dict[str, Any] = {"way": way, "processes": WAYS[way].processes, "beside": WAYS[way].beside}
+    result["rounds"] = [each[way] for each in rounds]
     result["samples_per_second"] = median(size.batch / busiest(way, each, "wall") for each in rounds)
     result["processor_ms"] = median(1e3 * busiest(way, each, "processor") for each in rounds)
-    for other in (ONE, BACKPROPAGATION):
+    for other in (WAYS[way].beside, BACKPROPAGATION):
         result[f"times {other}"] = {
             clock: sorted(busiest(other, each, clock) / busiest(way, each, clock) for each in rounds)
             for clock in ("wall", "processor")
@@ -141,7 +168,7 @@ def show(results: Sequence[dict[str, Any]]) -> None:
     header = ["", "samples/s", "busiest, ms", "x one process, wall", "x one process, processor", "waited, by block"]
     rows = []
     for each in results:
-        ratios = [spread(each[f"times {ONE}"][clock]) for clock in ("wall", "processor")]
+        ratios = [spread(each[f"times {each['beside']}"][clock]) for clock in ("wall", "processor")]
         waited = " ".join(f"{share:.0%}" for share in each["waited"]) if "block-local" in each["way"] else ""
         rows.append([each["way"], f"{each['samples_per_second']:.1f}", f"{each['processor_ms']:.0f}", *ratios, waited])
     print_table(header, rows, left=1)

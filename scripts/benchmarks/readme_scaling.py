@@ -7,23 +7,32 @@ from statistics import median
 from typing import Any
 
 
+_DEFAULT_HEADS = (
+    "The default heads borrow a layer, live in one process and as a copy in two, where they make the first block the",
+    "larger one; their ratios are to one process with default heads.",
+)
+
+
 def block_parallel(report: dict[str, Any], place: str) -> list[str]:
     """Throughput of a block per process beside the other ways of training."""
-    size = report["size"]
-    one = "times block-local, one process"
+    size, one = report["size"], "block-local, one process"
+    both = any("default heads" in row["way"] for row in report["results"])
+    heads = "heads of their own if nothing else is said" if both else "heads of their own"
     lines = [
         f"**Throughput** of a BERT of {size['layers']} layers, width {size['width']}, batches of {size['batch']} x",
-        f"{size['sequence']} tokens, heads of their own, an optimizer step per batch; median [range] of",
+        f"{size['sequence']} tokens, {heads}, an optimizer step per batch; median [range] of",
         f"{report['rounds']} rounds;",
         f"{place.replace(', one run', '')}.",
         "The first ratio is of wall time on these cores, the second of processor time in the busiest process: what",
         "processes with a core each would reach if none waited.",
+        *(_DEFAULT_HEADS if both else ()),
         "",
         "| | samples/s | x one process, wall | x one process, processor time | time waited, by block |",
         "|---|---|---|---|---|",
     ]
     for row in report["results"]:
-        ratios = [f"{median(row[one][clock]):.2f} {_range(row[one][clock])}" for clock in ("wall", "processor")]
+        times = row[f"times {row.get('beside', one)}"]
+        ratios = [f"{median(times[clock]):.2f} {_range(times[clock])}" for clock in ("wall", "processor")]
         waited = ", ".join(f"{share:.0%}" for share in row["waited"]) if "block-local" in row["way"] else ""
         lines.append(f"| {row['way']} | {row['samples_per_second']:.1f} | {ratios[0]} | {ratios[1]} | {waited} |")
     return lines
