@@ -1,4 +1,4 @@
-"""What the trainer sends to the Hub and takes from there.
+"""What the trainer sends to the Hub.
 
 A push never stops training, and nothing is sent before it is saved.
 """
@@ -6,7 +6,6 @@ A push never stops training, and nothing is sent before it is saved.
 from __future__ import annotations
 
 import logging
-import os
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -26,7 +25,6 @@ from hf_blocklocal.hub import (
     answers_within,
     cause_of,
     check_destination,
-    fetch_checkpoint,
     push_run,
     run_files,
 )
@@ -40,7 +38,7 @@ _REFUSED = {"401", "403"}
 
 
 class PushesRuns(Trainer):
-    """Pushes runs, and resumes from what was pushed.
+    """Pushes runs.
 
     Attributes:
         push_patience: How long a push goes on trying; give a trainer one of its own to change it.
@@ -48,12 +46,6 @@ class PushesRuns(Trainer):
 
     push_patience = Patience()
     _beside: PushesBeside | None = None
-
-    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        """Train as the parent does; `resume_from_checkpoint` may be a repository on the Hub, too."""
-        if isinstance(resume_from_checkpoint, str | os.PathLike):
-            resume_from_checkpoint = str(fetch_checkpoint(resume_from_checkpoint, token=self.args.hub_token))
-        return super().train(resume_from_checkpoint, *args, **kwargs)
 
     # ---- Before training ----
 

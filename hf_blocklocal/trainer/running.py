@@ -4,45 +4,29 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import get_last_checkpoint
 
 from hf_blocklocal.blocks import EndOfBlock
 from hf_blocklocal.data_parallel import sum_over_processes
 from hf_blocklocal.errors import BlockPeerError
-from hf_blocklocal.parallel.folders import check_checkpoint_everywhere, check_shared
 from hf_blocklocal.parallel.gathering import sum_over_blocks
-from hf_blocklocal.trainer.stationed import TakesStation
+from hf_blocklocal.trainer.resuming import FindsCheckpoints
 
 
-class RunsApart(TakesStation):
+class RunsApart(FindsCheckpoints):
     """Trains the block that is here, in step with the others."""
 
     _counting = False
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        """Tell the other processes why, if this one fails."""
+        """Tell the other processes why, if this one fails; a checkpoint may be in a repository on the Hub, too."""
         with nullcontext() if self._leaving is None else self._leaving.in_run(), self._session():
-            self._check_folders(resume_from_checkpoint)
-            return self._as_one_process_says(super().train(resume_from_checkpoint, *args, **kwargs))
-
-    def _check_folders(self, resume: str | bool | None) -> None:
-        """Refuse a run that takes files of the first machine where others do not have them."""
-        if self._chain is None:
-            return
-        output = Path(self.args.output_dir)
-        if resume is True:
-            resume = get_last_checkpoint(str(output)) if output.is_dir() else None
-            check_checkpoint_everywhere(self._chain, None if resume is None else Path(resume) / TRAINER_STATE_NAME)
-        elif resume:
-            check_checkpoint_everywhere(self._chain, Path(resume) / TRAINER_STATE_NAME)
-        if self.args.load_best_model_at_end:
-            check_shared(self._chain, output, "load_best_model_at_end=True")
+            self._check_best_can_be_loaded()
+            checkpoint = self._checkpoint_here(resume_from_checkpoint)
+            return self._as_one_process_says(super().train(checkpoint, *args, **kwargs))
 
     def _as_one_process_says(self, output: Any) -> Any:
         """Return what a run has come to with the loss of the last block, as the logs have it."""
