@@ -91,6 +91,15 @@ def test_trainers_of_one_process_do_not_hear_each_others_failures(alone):
     assert second.peers.stop_at(9, decides=True) is None
 
 
+def test_who_cannot_be_reached_is_told_which_setting_says_how(alone, monkeypatch):
+    def refuse(*_, **__):
+        raise RuntimeError("Gloo connectFullMesh failed: Connection refused, remote=[127.0.1.1]:52124")
+
+    monkeypatch.setattr(dist, "new_group", refuse)
+    with pytest.raises(BlockPeerError, match=r"(?s)Rank 0 on .* Connection refused.* set GLOO_SOCKET_IFNAME"):
+        alone()
+
+
 def test_a_run_in_a_thread_of_its_own_takes_no_signals(alone):
     entered = []
 

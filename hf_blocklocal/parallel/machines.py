@@ -1,10 +1,18 @@
-"""On which machine a process is, as far as its launcher and the machine say, and what it is called in messages."""
+"""On which machine a process is, what it is called in messages, and whether it can be reached from the others."""
 
 from __future__ import annotations
 
 import os
 import socket
 from collections.abc import Sequence
+from datetime import timedelta
+
+import torch.distributed as dist
+
+from hf_blocklocal.errors import BlockPeerError
+
+
+_GREETING = timedelta(minutes=5)
 
 
 def machine_here() -> str:
@@ -24,3 +32,21 @@ def names_of(machines: Sequence[str], num_blocks: int) -> list[str]:
     several = len(set(machines)) > 1
     places = [f" on {machine}" if several else "" for machine in machines]
     return [f"Block {rank % num_blocks} (rank {rank}{place})" for rank, place in enumerate(places)]
+
+
+def check_reachable() -> None:
+    """Let all processes connect to each other, before they do so with all the patience there is. All must call it.
+
+    Raises:
+        BlockPeerError: If they cannot.
+    """
+    try:
+        group = dist.new_group(backend="gloo", timeout=_GREETING)
+    except RuntimeError as error:
+        raise BlockPeerError(
+            f"Rank {dist.get_rank()} on {machine_here()} cannot connect to all processes: "
+            f"{str(error).splitlines()[0][:300]}. Gloo takes the address that the name of a machine leads to. Where "
+            "that is not the network between the machines, set GLOO_SOCKET_IFNAME on each to its interface there, "
+            "such as eth0."
+        ) from error
+    dist.destroy_process_group(group)
