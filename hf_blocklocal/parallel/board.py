@@ -1,13 +1,19 @@
-"""The key-value store that all processes share: a notice board, which is lost with the first machine."""
+"""The key-value store that all processes share: a notice board, which is lost with the first machine or the way there.
+
+A store that cannot be reached any more says so late or never. So it is asked in a thread, and whoever asks gives up.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+import time
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import NoReturn
 
+import torch
 import torch.distributed as dist
+
+from hf_blocklocal.parallel.meetings import Meetings
 
 
 # A notice takes milliseconds. Torch would wait half an hour for one that is never put up.
@@ -19,33 +25,40 @@ class Board:
 
     Args:
         store: The store.
-        lost: Called with the error where the store cannot be reached any more; raises another one.
+        lost: Called with what has gone wrong where the store cannot be reached any more; raises an error.
+        patience: Seconds that the store may take to answer.
     """
 
-    def __init__(self, store: dist.Store, lost: Callable[[dist.DistError], NoReturn]) -> None:
-        self._store, self._lost = store, lost
+    def __init__(self, store: dist.Store, lost: Callable[[str], NoReturn], *, patience: float) -> None:
+        self._store, self._lost, self._patience = store, lost, patience
+        self._meetings = Meetings(self._check_patience, self._check_error, torch.device("cpu"))
+        self._asked = 0.0
+        self._silent = False
 
     def set(self, key: str, value: str) -> None:
         """Put up a notice."""
-        with self._reached():
-            self._store.set(key, value)
+        self._ask(self._store.set, key, value)
 
     def get(self, key: str) -> bytes:
         """Read a notice, waiting until it is there."""
-        with self._reached():
-            return self._store.get(key)
+        return self._ask(self._store.get, key)
 
     def has(self, *keys: str) -> bool:
         """Tell whether notices are there, all of them."""
-        with self._reached():
-            return self._store.check(list(keys))
+        return self._ask(self._store.check, list(keys))
 
-    @contextmanager
-    def _reached(self) -> Iterator[None]:
-        try:
-            yield
-        except dist.DistError as error:
-            self._lost(error)
+    def _ask(self, function: Callable[..., bytes | bool | None], *args: str | list[str]) -> bytes | bool | None:
+        self._asked = time.monotonic()
+        return self._meetings.run(function, *args)
+
+    def _check_patience(self) -> None:
+        if self._silent or time.monotonic() > self._asked + self._patience:
+            self._silent = True  # whatever else is asked waits behind what has not been answered
+            self._lost(f"it has not answered for {self._patience:.0f} s")
+
+    def _check_error(self, error: BaseException) -> None:
+        if isinstance(error, dist.DistError):
+            self._lost(str(error).splitlines()[0][:200])
 
 
 def said_by_all(store: dist.Store, rank: int, world: int, what: str, said: str) -> Sequence[str]:

@@ -46,13 +46,13 @@ class Peers:
     def __init__(self, store: dist.Store, *, rank: int, names: Sequence[str], timeout: float) -> None:
         self.step = 0
         self.told_to_stop = False
-        self._board = Board(store, self._lose_board)
+        self._board = Board(store, self._lose_board, patience=timeout)
         self.names = tuple(names)
         self._rank, self._timeout = rank, timeout
         self._seen: dict[int, tuple[bytes, float]] = {}
         self._looked = 0.0
         self._stopped = threading.Event()
-        board = Board(store.clone(), self._lose_board)
+        board = Board(store.clone(), self._lose_board, patience=timeout)
         self._beats = threading.Thread(target=self._beat, args=(board,), name="sign of life", daemon=True)
         self._beats.start()
 
@@ -172,12 +172,12 @@ class Peers:
             "it. Resume with trainer.train(resume_from_checkpoint=True)."
         )
 
-    def _lose_board(self, error: dist.DistError) -> NoReturn:
+    def _lose_board(self, what: str) -> NoReturn:
         raise BlockPeerError(
             "The launcher of the first machine, which keeps the key-value store of the run, is gone or cannot be "
-            f"reached ({str(error).splitlines()[0][:200]}). {self.names[self._rank]} was at step {self.step} and "
-            "cannot go on without it. Resume with trainer.train(resume_from_checkpoint=True)."
-        ) from error
+            f"reached ({what}). {self.names[self._rank]} was at step {self.step} and cannot go on without it. Resume "
+            "with trainer.train(resume_from_checkpoint=True)."
+        )
 
     def _where(self, rank: int) -> str:
         sign = self._sign(rank)
