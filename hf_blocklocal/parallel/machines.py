@@ -41,7 +41,8 @@ def check_reachable() -> None:
         BlockPeerError: If they cannot.
     """
     try:
-        group = dist.new_group(backend="gloo", timeout=_GREETING)
+        # It stays: whoever closed it could cut off one that is still connecting.
+        dist.new_group(backend="gloo", timeout=_GREETING)
     except RuntimeError as error:
         raise BlockPeerError(
             f"Rank {dist.get_rank()} on {machine_here()} cannot connect to all processes: "
@@ -49,4 +50,3 @@ def check_reachable() -> None:
             "that is not the network between the machines, set GLOO_SOCKET_IFNAME on each to its interface there, "
             "such as eth0."
         ) from error
-    dist.destroy_process_group(group)
