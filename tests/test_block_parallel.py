@@ -159,7 +159,7 @@ def settled(case, *, processes):
     borrows = config.get("head_layers") != 0 and case["specimen"] not in ("t5", "bart")
     if processes == 1 and borrows and not any(name.startswith("head_refresh") for name in config):
         config |= REFRESHED | {"head_refresh_lag": 1 + (config["num_blocks"] - 1) // 3}
-    if processes == 1 and case["specimen"] == "t5":
+    if processes == 1 and case["specimen"] in ("t5", "bart"):
         config = {"head_layers": 0, **config}
     return case | {"config": config | ({"block_parallel_size": processes} if processes > 1 else {})}
 
