@@ -296,14 +296,32 @@ def test_a_case_is_complete_when_all_of_its_seeds_are_there(scripts, store, tiny
     assert not complete(case, store, (0, 1))
 
 
-def test_a_task_that_is_run_anew_replaces_its_part_of_the_report_alone(scripts, tmp_path):
+def case_of(row, num_blocks, *scores, method="local"):
+    runs = [{"validation": score, "test": score} for score in scores]
+    return {"row": row, "num_blocks": num_blocks, "method": method, "runs": runs}
+
+
+def test_a_task_that_is_made_anew_replaces_its_part_of_the_report_alone(scripts, tmp_path):
     learning, path = scripts["learning"], tmp_path / "learning.json"
     old = {"seeds": [0], "command": "all", "tasks": {"a": {"cases": [1]}, "b": {"cases": [2]}}}
     path.write_text(json.dumps(old), encoding="utf-8")
-    new = learning.with_other_tasks({"seeds": [0], "tasks": {"b": {"cases": [3]}}}, path)
+    new = learning.put_into({"seeds": [0], "tasks": {"b": {"cases": [3]}}}, path, cells=False)
     assert new["tasks"] == {"a": {"cases": [1]}, "b": {"cases": [3]}}
     assert (list(new["tasks"]), new["command"]) == (["a", "b"], "all")
     with pytest.raises(SystemExit, match=r"is of seeds \[0\], not \[0, 1\]"):
-        learning.with_other_tasks({"seeds": [0, 1], "tasks": {}}, path)
+        learning.put_into({"seeds": [0, 1], "tasks": {}}, path, cells=False)
     with pytest.raises(SystemExit, match="is none"):
-        learning.with_other_tasks({"seeds": [0], "tasks": {}}, tmp_path / "nothing.json")
+        learning.put_into({"seeds": [0], "tasks": {}}, tmp_path / "nothing.json", cells=False)
+
+
+def test_cells_are_put_beside_others_of_the_same_samples_alone(scripts, tmp_path):
+    learning, path = scripts["learning"], tmp_path / "learning.json"
+    start, other = case_of("not fine-tuned", None, 0.1, method="start"), case_of("freeze lower", 2, 0.5)
+    task = {"title": "A", "cases": [start, case_of("default", 2, 0.6), other]}
+    path.write_text(json.dumps({"seeds": [0], "command": "all", "tasks": {"a": task}}), encoding="utf-8")
+    made = {"title": "A", "cases": [start, case_of("default", 2, 0.7), case_of("default", 4, 0.8)]}
+    new = learning.put_into({"seeds": [0], "tasks": {"a": made}}, path, cells=True)
+    assert new["tasks"]["a"]["cases"] == [start, case_of("default", 2, 0.7), other, case_of("default", 4, 0.8)]
+    for cases in ([case_of("not fine-tuned", None, 0.2, method="start")], [case_of("default", 2, 0.7)]):
+        with pytest.raises(SystemExit, match="same samples and starting model"):
+            learning.put_into({"seeds": [0], "tasks": {"a": {"cases": cases}}}, path, cells=True)

@@ -8,6 +8,7 @@ in runs/learning/, so the command can be stopped and started again. A run that f
     OMP_NUM_THREADS=1 python scripts/benchmarks/learning.py --tasks text images --rows pred default --blocks 2
     python scripts/benchmarks/learning.py --size large              # a 120 million parameter language model, on a GPU
     OMP_NUM_THREADS=1 python scripts/benchmarks/learning.py --tasks cipher --update    # one task of the table anew
+    OMP_NUM_THREADS=1 python scripts/benchmarks/learning.py --rows "not fine-tuned" pred --tasks text --update
     python scripts/benchmarks/learning.py --plan                    # only say how long it would take
 """
 
@@ -66,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         options.output = store.folder / "selection.json"  # the committed file is of the whole
     report = summarize(cases, store, seeds=options.seeds, skipped=skipped)
     if options.update:
-        report = with_other_tasks(report, whole)
+        report = put_into(report, whole, cells=bool(options.rows or options.blocks))
     print("\n".join(markdown(report)))
     print(f"\nWritten to {write_report('learning', device, options, report)}")
     if options.plot:
@@ -93,31 +94,51 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--again", action="store_true", help="Run once more what has failed.")
     parser.add_argument("--made", action="store_true", help="Run nothing: report the cells whose runs are all there.")
     parser.add_argument(
-        "--update", action="store_true", help="Write the file of the whole, with its other tasks as they are there."
+        "--update", action="store_true", help="Put the tasks, or with --rows the cells, into the file of the whole."
     )
     parser.add_argument("--plan", action="store_true", help="Print the estimate and stop.")
     return parser
 
 
-def with_other_tasks(report: dict[str, Any], path: Path) -> dict[str, Any]:
-    """Return a report with the tasks that only an earlier one has; the command stays that of the whole.
+def put_into(report: dict[str, Any], path: Path, *, cells: bool) -> dict[str, Any]:
+    """Return an earlier report with what has been made anew in its place; the command stays that of the whole.
 
     Args:
-        report: Of some tasks, each with all its rows.
+        report: What has been made anew.
         path: File of the earlier report.
+        cells: Whether single cells are put in, rather than whole tasks. Then the starting model must have the same
+            score in both: the samples depend on the installed Python.
 
     Raises:
-        SystemExit: If there is none, or it is of other seeds.
+        SystemExit: If there is no earlier report, or the two do not go together.
     """
     if not path.is_file():
-        raise SystemExit(f"--update needs a report to put tasks into, and {path} is none. Leave --update out.")
+        raise SystemExit(f"--update needs a report to put things into, and {path} is none. Leave --update out.")
     earlier = json.loads(path.read_text(encoding="utf-8"))
     if earlier["seeds"] != report["seeds"]:
         raise SystemExit(
             f"{path} is of seeds {earlier['seeds']}, not {report['seeds']}. Take those, or leave --update out."
         )
-    tasks = {name: report["tasks"].get(name, task) for name, task in earlier["tasks"].items()}
-    return {**report, "command": earlier["command"], "tasks": {**tasks, **report["tasks"]}}
+    tasks = dict(earlier["tasks"])
+    for name, task in report["tasks"].items():
+        if cells and name in tasks:
+            if _start_of(task) is None or _start_of(task) != _start_of(tasks[name]):
+                raise SystemExit(
+                    f"Cells of the task {name!r} can only be put beside others of the same samples and starting model, "
+                    f'which the row "not fine-tuned" tells: {_start_of(tasks[name])} in {path}, {_start_of(task)} '
+                    "here. Add that row to --rows, or make the whole task anew: without --rows and --blocks."
+                )
+            anew = {(case["row"], case["num_blocks"]): case for case in task["cases"]}
+            kept = [anew.pop((case["row"], case["num_blocks"]), case) for case in tasks[name]["cases"]]
+            task = {**tasks[name], "cases": [*kept, *anew.values()]}
+        tasks[name] = task
+    return {**report, "command": earlier["command"], "tasks": tasks}
+
+
+def _start_of(task: dict[str, Any]) -> list[float] | None:
+    """Return the scores of the starting model, None where that has not been scored."""
+    runs = [run for case in task["cases"] if case["method"] == "start" for run in case["runs"]]
+    return [value for run in runs for value in (run["validation"], run["test"])] or None
 
 
 def choose_tasks(options: argparse.Namespace) -> list[Task]:
