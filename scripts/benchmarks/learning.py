@@ -124,8 +124,8 @@ def put_into(report: dict[str, Any], path: Path, *, cells: bool) -> dict[str, An
         if cells and name in tasks:
             if _start_of(task) is None or _start_of(task) != _start_of(tasks[name]):
                 raise SystemExit(
-                    f"Cells of the task {name!r} can only be put beside others of the same samples and starting model, "
-                    f'which the row "not fine-tuned" tells: {_start_of(tasks[name])} in {path}, {_start_of(task)} '
+                    f"Cells of the task {name!r} can only be put beside others of the same samples and starting "
+                    f'model, which the row "not fine-tuned" tells: {_start_of(tasks[name])} in {path}, {_start_of(task)} '
                     "here. Add that row to --rows, or make the whole task anew: without --rows and --blocks."
                 )
             anew = {(case["row"], case["num_blocks"]): case for case in task["cases"]}
