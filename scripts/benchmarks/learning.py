@@ -125,8 +125,9 @@ def put_into(report: dict[str, Any], path: Path, *, cells: bool) -> dict[str, An
             if _start_of(task) is None or _start_of(task) != _start_of(tasks[name]):
                 raise SystemExit(
                     f"Cells of the task {name!r} can only be put beside others of the same samples and starting "
-                    f'model, which the row "not fine-tuned" tells: {_start_of(tasks[name])} in {path}, {_start_of(task)} '
-                    "here. Add that row to --rows, or make the whole task anew: without --rows and --blocks."
+                    f"model, which the row 'not fine-tuned' tells: {_start_of(tasks[name])} in {path}, "
+                    f"{_start_of(task)} here. Add that row to --rows, or make the whole task anew: without --rows and "
+                    "--blocks."
                 )
             anew = {(case["row"], case["num_blocks"]): case for case in task["cases"]}
             kept = [anew.pop((case["row"], case["num_blocks"]), case) for case in tasks[name]["cases"]]
