@@ -6,7 +6,7 @@ A new idea is one line in `CANDIDATES`.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 
@@ -65,7 +65,11 @@ class Row:
         if self.method == "lora":
             settings["lora"] = LORA
         if self.method == "local":
-            given = settled(self._config(num_blocks), single_stack=single_stack).to_dict()
+            config = self._config(num_blocks)
+            if self.in_processes:  # settled where blocks are apart, and run where they are not
+                config = settled(replace(config, block_parallel_size=num_blocks), single_stack=single_stack)
+                config = replace(config, block_parallel_size=1)
+            given = settled(config, single_stack=single_stack).to_dict()
             usual = type(self)._defaults() | {"num_blocks": None}
             settings["block_local"] = {name: value for name, value in given.items() if value != usual[name]}
         if self.method == "reference":
@@ -80,12 +84,8 @@ class Row:
 
     def _config(self, num_blocks: int) -> Any:
         from hf_blocklocal import BlockLocalConfig
-        from hf_blocklocal.defaults import REFRESH_STEPS, default_refresh_lag
-
         given = {"num_blocks": num_blocks, "evaluate_blocks": False, **self.block_local}
         preset = given.pop("preset", None)
-        if self.in_processes:
-            given |= {"head_refresh_steps": REFRESH_STEPS, "head_refresh_lag": default_refresh_lag(num_blocks)}
         return BlockLocalConfig.from_dict(given) if preset is None else BlockLocalConfig.from_preset(preset, **given)
 
 
