@@ -111,8 +111,8 @@ class BlockLocalConfig:
         "Layers above a block that its head borrows, evenly spread, live and read-only, with the model's own task "
         "head. 0 is a light readout; all of them give the very gradient of backpropagation. Default: 1 in two blocks "
         "and 2 in more; 0 for encoder-decoders in several processes or on several devices, and where a field asks for "
-        "a head of another kind. Perplexity of a language model in 2 and 4 blocks (docs/learning.md): freezing 117.5 "
-        "and 119.9, 0 layers 113.0 and 110.8, the default 92.4 and 94.5, backpropagation 91.5.",
+        "a head of another kind. Perplexity of a language model in 2 and 4 blocks (docs/learning.md): freezing 83.8 "
+        "and 87.2, 0 layers 88.8 and 89.6, the default 72.3 and 73.5, backpropagation 71.6.",
     )
     head_bypass: Literal["auto", "skip", "straight_through"] = _help(
         "auto",
