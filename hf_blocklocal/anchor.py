@@ -7,7 +7,7 @@ as much memory as those that are pulled; a checkpoint keeps them, so that a resu
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -33,13 +33,22 @@ class Anchor:
         parameters: The parameters to pull, by name, where they start.
         strength: Factor of the pull beside the learning rate.
         alone: Whether these are the parameters of one block, and those of the others are elsewhere.
+        part_of: Returns, of the starting weight of a name, what the parameter here is a part of; by default all.
     """
 
     file_name = ANCHOR_NAME
 
-    def __init__(self, parameters: Mapping[str, nn.Parameter], strength: float, *, alone: bool = False) -> None:
+    def __init__(
+        self,
+        parameters: Mapping[str, nn.Parameter],
+        strength: float,
+        *,
+        alone: bool = False,
+        part_of: Callable[[str, Tensor], Tensor] = lambda name, whole: whole,
+    ) -> None:
         self.strength = strength
         self.alone = alone
+        self._part_of = part_of
         self._parameters = dict(parameters)
         self._start = {name: parameter.detach().clone() for name, parameter in parameters.items()}
         self._handle: RemovableHandle | None = None
@@ -95,7 +104,7 @@ class Anchor:
             )
         tensors: dict[str, Tensor] = load_file(path)
         if self.alone:  # the file is of all blocks
-            tensors = {name: tensor for name, tensor in tensors.items() if name in self._start}
+            tensors = {name: self._part_of(name, tensor) for name, tensor in tensors.items() if name in self._start}
         if (misfit := first_misfit(self._start, tensors)) is not None:
             raise AnchorMismatchError(
                 f"The starting weights in {path} do not fit: {misfit}. Resume with the cut and the trainable "

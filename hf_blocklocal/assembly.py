@@ -84,6 +84,8 @@ class Assembly:
         copies: Copies of those, if the config asks for any; else heads use live ones.
         head_costs: Operations of each head as a share of those of its block, forward and backward, in the traced
             batch; none where that has no target that counts.
+        parts: For each parameter of the model that is spread over several processes, what is here of it, which is in
+            `parameters` in its place.
     """
 
     config: BlockLocalConfig
@@ -98,6 +100,7 @@ class Assembly:
     lent: tuple[set[str], ...] = ()
     copies: Copies | None = None
     head_costs: tuple[float, ...] = ()
+    parts: Mapping[nn.Parameter, nn.Parameter] = field(default_factory=dict)
 
     @property
     def heads(self) -> nn.ModuleList:
@@ -136,7 +139,7 @@ class Assembly:
     def lower_weights(self) -> dict[str, nn.Parameter]:
         """Return the trainable parameters of the model that are here and belong to a block below the last, by name."""
         lower = {parameter for block in self.parameters[: self.last] for parameter in block}
-        named = self.module.model.named_parameters()
+        named = ((name, self.parts.get(whole, whole)) for name, whole in self.module.model.named_parameters())
         here = ((name, parameter) for name, parameter in named if parameter in lower and not parameter.is_meta)
         return {name: parameter for name, parameter in here if parameter.requires_grad}
 

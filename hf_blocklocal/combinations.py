@@ -133,6 +133,11 @@ def _check_parallel(config: Any) -> None:
             else ("num_blocks=1", "a single block lies on one device")
         )
         raise ConfigError(f"placement='devices' and {other} exclude each other: {reason}. Leave one of the two out.")
+    if config.shard_replicas and size == 1:
+        raise ConfigError(
+            "shard_replicas=True shares out a block among the processes that hold it, and with block_parallel_size=1 "
+            f"a process holds all of them. Use block_parallel_size={config.num_blocks}, or leave shard_replicas out."
+        )
     if config.blocks_apart:
         _check_apart(config, f"block_parallel_size={size}" if size > 1 else "placement='devices'")
 

@@ -68,6 +68,11 @@ class BlockLocalConfig:
         "Processes that a model is spread over, one block each: 1, or num_blocks. With K of them, accelerate launch "
         "--num_processes D*K makes D chains of K blocks.",
     )
+    shard_replicas: bool = _help(
+        False,
+        "Whether the D processes that hold the same block share out the weights, gradients and optimizer state of its "
+        "layers (FSDP2, a layer at a time), in place of a copy in each. Needs block_parallel_size above 1.",
+    )
     placement: Literal["auto", "devices"] = _help(
         "auto",
         "Where the blocks of one process lie: auto follows the device map that a model was loaded with, and without "

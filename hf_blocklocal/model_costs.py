@@ -69,12 +69,14 @@ class Weight:
         weight_bytes: Their bytes.
         trainable: Whether it is trained.
         used_by: Layers that use it in ascending order, the last of which owns it: its block has the optimizer state.
+        inside: Whether it is a layer's own.
     """
 
     parameters: int
     weight_bytes: int
     trainable: bool
     used_by: tuple[int, ...]
+    inside: bool = False
 
 
 @dataclass(frozen=True)
@@ -126,6 +128,11 @@ class ModelCosts:
         owned = (weight for weight in self.weights.values() if not weight.trainable)
         return sum(weight.weight_bytes for weight in owned if weight.used_by[-1] in span)
 
+    def inside(self, span: Span) -> tuple[list[int], list[int]]:
+        """Return, for each layer of a block, the bytes of its own parameters, and of those that are trained."""
+        held, trained = self._inside
+        return held[span.start : span.stop], trained[span.start : span.stop]
+
     def foreign_bytes(self, span: Span) -> int:
         """Return the bytes of parameters that a block uses and a later one owns, such as a tied embedding."""
         return sum(
@@ -164,6 +171,15 @@ class ModelCosts:
                 numbers[weight.used_by[-1]] += weight.parameters
                 sizes[weight.used_by[-1]] += weight.weight_bytes
         return [0, *accumulate(numbers)], [0, *accumulate(sizes)]
+
+    @cached_property
+    def _inside(self) -> tuple[list[int], list[int]]:
+        held, trained = [0] * len(self.layers), [0] * len(self.layers)
+        for weight in self.weights.values():
+            if weight.inside:
+                held[weight.used_by[-1]] += weight.weight_bytes
+                trained[weight.used_by[-1]] += weight.weight_bytes if weight.trainable else 0
+        return held, trained
 
     @cached_property
     def _shared(self) -> list[Weight]:

@@ -6,27 +6,45 @@ other blocks live in this process or in another one.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from copy import deepcopy
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from hf_blocklocal.errors import NonFiniteLossError, UnsupportedSettingError
 
 
-def clip_block_(parameters: Sequence[nn.Parameter], max_norm: float) -> Tensor | None:
+def clip_block_(
+    parameters: Sequence[nn.Parameter],
+    max_norm: float,
+    *,
+    parts: Collection[nn.Parameter] = (),
+    add_up: Callable[[Tensor], Tensor] | None = None,
+) -> Tensor | None:
     """Scale the gradients of one block down to a norm, in place.
 
     Args:
         parameters: The parameters of the block; those without gradient do not count.
         max_norm: Largest norm to leave; infinity only measures.
+        parts: Those of them of which other processes have the rest.
+        add_up: Returns the sum of a tensor over those processes.
 
     Returns:
         The norm before clipping, None if no parameter has a gradient.
     """
     with_gradient = [parameter for parameter in parameters if parameter.grad is not None]
-    return torch.nn.utils.clip_grad_norm_(with_gradient, max_norm) if with_gradient else None
+    if not with_gradient:
+        return None
+    if not parts:
+        return torch.nn.utils.clip_grad_norm_(with_gradient, max_norm)
+    spread = [parameter.grad for parameter in with_gradient if parameter in parts]
+    whole = [parameter.grad for parameter in with_gradient if parameter not in parts]
+    squares = add_up(get_total_norm(spread).square()) if spread else 0.0
+    norm = (squares + get_total_norm(whole).square()).sqrt() if whole else squares.sqrt()
+    clip_grads_with_norm_(with_gradient, max_norm, norm)
+    return norm
 
 
 def check_norms(norms: Mapping[int, Tensor], step: int) -> None:

@@ -36,12 +36,19 @@ class Upkeep:
         in_flight: Boundary tensors that may wait on either side of a block.
         refresh_steps: Steps from one copy of borrowed layers to the next; 0 if they are never copied again.
         refresh_lag: Steps that a copy is old when it is taken into use.
+        shared_by: Ranks that hold the same block and share out its layers.
     """
 
     states: float = 2.0
     in_flight: int = 4
     refresh_steps: int = 1
     refresh_lag: int = 0
+    shared_by: int = 1
+
+    def shared(self, sizes: Sequence[int]) -> int:
+        """Return what a rank holds of layers of these sizes: a part of each, and one whole, which runs."""
+        total = sum(sizes)
+        return total if self.shared_by == 1 else math.ceil(total / self.shared_by) + max(sizes)
 
     @property
     def copies(self) -> int:
@@ -188,11 +195,13 @@ def place(
 def memory_of(costs: ModelCosts, span: Span, upkeep: Upkeep) -> Memory:
     """Return what a rank with these layers holds."""
     _, trained = costs.trained(span)
+    held, learning = costs.inside(span)
+    elsewhere = sum(learning) - math.ceil(sum(learning) / upkeep.shared_by)
     edges = [edge for edge in (span.start - 1, span.last) if 0 <= edge < len(costs.heads)]
     return Memory(
-        weights=trained + costs.frozen_bytes(span) + costs.foreign_bytes(span),
-        gradients=trained,
-        optimizer=int(trained * upkeep.states),
+        weights=trained + costs.frozen_bytes(span) + costs.foreign_bytes(span) - sum(held) + upkeep.shared(held),
+        gradients=trained - sum(learning) + upkeep.shared(learning),
+        optimizer=int((trained - elsewhere) * upkeep.states),
         activations=costs.activations(span),
         head=costs.head_activations(span),
         copies=upkeep.copies * costs.borrowed_bytes([span.stop], span.stop),

@@ -167,6 +167,7 @@ def _cut_everywhere(model: nn.Module, config: BlockLocalConfig, trace: Trace, se
             parameter.numel() * parameter.element_size(),
             parameter.requires_grad,
             tuple(sorted({block for block, mine in enumerate(reach) if name in mine} | {owners[name]})),
+            inside=cut.layer_of_path(name) is not None,
         )
         for name, parameter in model.named_parameters()
     }

@@ -145,6 +145,13 @@ def check_block_parallel(args: TrainingArguments, config: BlockLocalConfig) -> N
     for name, (given, reason) in refused.items():
         if given:
             raise UnsupportedSettingError(f"{name} and {size} exclude each other: {reason}. Leave one of the two out.")
+    for name in ("torch_compile", "predict_with_generate"):
+        if config.shard_replicas and getattr(args, name, False):
+            raise UnsupportedSettingError(
+                f"{name} and shard_replicas=True exclude each other: layers are brought together in forward passes as "
+                "they are, of which all processes with a block run the same number. Leave one of the two out; "
+                "trainer.whole_model() can generate."
+            )
     if args.accelerator_config is not None and not args.accelerator_config.use_seedable_sampler:
         raise UnsupportedSettingError(
             f"accelerator_config={{'use_seedable_sampler': False}} and {size} exclude each other: processes of one "

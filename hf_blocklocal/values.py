@@ -52,7 +52,7 @@ def check_types(config: Any) -> None:
     Raises:
         ConfigError: For the first such value.
     """
-    for name in ("step_per_block", "evaluate_blocks", "head_lens", "save_on_exit"):
+    for name in ("step_per_block", "evaluate_blocks", "head_lens", "save_on_exit", "shard_replicas"):
         if not isinstance(getattr(config, name), bool):
             raise ConfigError(f"{name} must be true or false, got {getattr(config, name)!r}.")
     for name, kind, what in (("boundaries", int, "whole numbers"), ("layers", str, "dotted names")):

@@ -3,6 +3,8 @@
 A folder or config.json:  python scripts/plan.py path/to/model --num-blocks 4 --device-memory 24GiB
 A type of model:          python scripts/plan.py llama --task causal-lm --set num_hidden_layers=16 --num-blocks 4
 Time of a step as well:   python scripts/plan.py llama --task causal-lm --num-blocks 4 --device-speed 150
+Two devices to a block:   python scripts/plan.py llama --task causal-lm --num-blocks 4 --replicas 2 --block-local \
+                              shard_replicas=true
 
 The table has a row for each rank: its layers, the parameters that it trains, its share of all operations, how busy it
 is while the slowest works, bytes of weights, gradients, optimizer state, saved activations of the block and of its
@@ -46,6 +48,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("model", help="folder with a config.json, such a file, or a model type such as llama")
     parser.add_argument("--set", nargs="+", default=[], metavar="FIELD=VALUE", help="fields of the model's config")
     parser.add_argument("--num-blocks", type=int, required=True, help="blocks, one per device")
+    parser.add_argument(
+        "--replicas", type=int, default=1, help="chains of all blocks: with K blocks, K times as many devices"
+    )
     parser.add_argument("--boundaries", type=int, nargs="+", help="first layer of every block but the first")
     parser.add_argument("--device-memory", type=size, nargs="+", help="such as 24GiB; one, or one for each device")
     parser.add_argument("--device-speed", type=float, nargs="+", help="TFLOP/s that it really does; one, or each")
@@ -72,6 +77,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         setattr(options, name, given * options.num_blocks if len(given) == 1 else given)
     if options.boundaries and len(options.boundaries) != options.num_blocks - 1:
         parser.error(f"--boundaries takes {options.num_blocks - 1} for {options.num_blocks} blocks")
+    if options.replicas < 1:
+        parser.error("--replicas is a number of at least 1")
     if not 0 <= options.reserve < 1:
         parser.error("--reserve is a share of at least 0 and below 1")
     return options
@@ -112,7 +119,13 @@ def plan(options: argparse.Namespace) -> str:
         for memory, speed in zip(options.device_memory, options.device_speed, strict=True)
     ]
     costs, config, what = measure(options, config)
-    upkeep = Upkeep(STATES[options.optim], options.in_flight, config.head_refresh_steps, config.head_refresh_lag)
+    upkeep = Upkeep(
+        STATES[options.optim],
+        options.in_flight,
+        config.head_refresh_steps,
+        config.head_refresh_lag,
+        shared_by=options.replicas if config.shard_replicas else 1,
+    )
     placement = place(costs, devices, upkeep, options.boundaries)
     timed = options.device_speed[0] is not None
     lines = [what, "", placement.describe(timed=timed), ""]
@@ -136,7 +149,7 @@ def plan(options: argparse.Namespace) -> str:
         [
             *lines,
             "",
-            f"accelerate launch --num_processes {options.num_blocks} your_script.py",
+            f"accelerate launch --num_processes {options.replicas * options.num_blocks} your_script.py",
             f"    block_local=BlockLocalConfig({arguments})",
         ]
     )

@@ -6,6 +6,7 @@ import time
 
 import pytest
 from test_block_parallel import SAVED, assert_same, passed, run, settled
+from test_sharding import needs_torch
 
 
 # The first test waits for several runs.
@@ -71,6 +72,14 @@ def test_a_process_that_hangs_while_another_generates_ends_all(tmp_path):
 def test_a_chain_that_hangs_ends_the_other_chains(tmp_path):
     """They wait for it where gradients are averaged, and nowhere else."""
     said, seconds = failed(tmp_path, processes=4, silent=[3, 5], config={"peer_timeout": 4.0})
+    assert "Block 1 (rank 3) has shown no sign of life for" in said
+    assert seconds < 100
+
+
+@needs_torch
+def test_a_chain_that_hangs_ends_the_others_where_layers_are_brought_together(tmp_path):
+    config = {"peer_timeout": 4.0, "shard_replicas": True}
+    said, seconds = failed(tmp_path, processes=4, silent=[3, 5], config=config)
     assert "Block 1 (rank 3) has shown no sign of life for" in said
     assert seconds < 100
 

@@ -115,6 +115,15 @@ REFUSALS = {
         "block_parallel_size=2 and num_blocks=4 do not go together: every block gets a process of its own. Use "
         "block_parallel_size=4, or 1 for all blocks in one process.",
     ),
+    "blocks shared out within one process": (
+        {"num_blocks": 4, "shard_replicas": True},
+        "shard_replicas=True shares out a block among the processes that hold it, and with block_parallel_size=1 a "
+        "process holds all of them. Use block_parallel_size=4, or leave shard_replicas out.",
+    ),
+    "a number of shares": (
+        {"shard_replicas": 2},
+        "shard_replicas must be true or false, got 2.",
+    ),
     "no process": (
         {"block_parallel_size": 0},
         "block_parallel_size must be a whole number of at least 1, got 0.",

@@ -115,6 +115,22 @@ def test_the_memory_of_a_rank_adds_up():
     assert [rank.bytes_up for rank in placement.ranks] == [MIB, 0]
 
 
+def test_layers_that_are_shared_out_leave_a_part_and_the_one_that_runs():
+    weights = {f"layer.{index}": Weight(MIB, 4 * MIB, True, (index,), inside=True) for index in range(4)}
+    weights["embedding"] = Weight(MIB, 6 * MIB, True, (0,))
+    weights["layer.1.frozen"] = Weight(MIB, 8 * MIB, False, (1,), inside=True)
+    heads = [HeadCosts(0, 0, 0, 0, 0, 0)] * 3
+    alone, shared = (
+        memory_of(model([layer()] * 4, heads, weights), Span(0, 2), Upkeep(states=2, shared_by=replicas))
+        for replicas in (1, 4)
+    )
+    assert (alone.weights, alone.gradients, alone.optimizer) == (22 * MIB, 14 * MIB, 28 * MIB)
+    assert shared.weights == (6 + 16 / 4 + 12) * MIB
+    assert shared.gradients == (6 + 8 / 4 + 4) * MIB
+    assert shared.optimizer == 2 * (6 + 8 / 4) * MIB
+    assert shared.activations == alone.activations
+
+
 def test_a_tied_weight_lies_on_both_ranks_and_is_trained_by_the_later():
     weights = {f"layer.{index}": Weight(1, 0, True, (index,)) for index in range(3)} | {
         "tied": Weight(100, 400, True, (0, 2))

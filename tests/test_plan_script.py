@@ -49,6 +49,17 @@ def test_given_boundaries_and_fields_are_heeded(capsys):
     assert "ms" not in text.split()
 
 
+def test_chains_that_share_out_their_blocks_need_less_memory_each(capsys):
+    words = ["--num-blocks", "2", "--replicas", "4", "--block-local", "head_layers=0"]
+    copies, shared = printed(capsys, *words), printed(capsys, *words, "shard_replicas=true")
+    assert all("accelerate launch --num_processes 8 " in text for text in (copies, shared))
+    assert "shard_replicas=True" in shared
+    states = [
+        [float(line.split()[7]) for line in text.splitlines() if re.match(r" *\d ", line)] for text in (copies, shared)
+    ]
+    assert all(part < 0.8 * whole for whole, part in zip(*states, strict=True))
+
+
 def test_what_does_not_fit_ends_in_one_line(capsys):
     with pytest.raises(SystemExit, match=r"plan.py: No 2 blocks fit: .* too little\."):
         printed(capsys, "--num-blocks", "2", "--device-memory", "100KiB")

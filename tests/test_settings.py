@@ -206,3 +206,12 @@ def test_what_a_process_with_one_block_cannot_do_is_refused(option, value, tmp_p
     named = "group_by_length" if option == "train_sampling_strategy" else option
     with pytest.raises(UnsupportedSettingError, match=f"^{named} and block_parallel_size=2 exclude each other"):
         check_block_parallel(args, config)
+
+
+@pytest.mark.parametrize("option", ["torch_compile", "predict_with_generate"])
+def test_what_layers_that_are_shared_out_cannot_do_is_refused(option, tmp_path):
+    args = Seq2SeqTrainingArguments(output_dir=str(tmp_path), report_to="none", use_cpu=True)
+    setattr(args, option, True)
+    check_block_parallel(args, BlockLocalConfig(num_blocks=2, block_parallel_size=2))
+    with pytest.raises(UnsupportedSettingError, match=f"^{option} and shard_replicas=True exclude each other"):
+        check_block_parallel(args, BlockLocalConfig(num_blocks=2, block_parallel_size=2, shard_replicas=True))

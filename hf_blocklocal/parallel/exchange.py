@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from hf_blocklocal.parallel.chain import Chain
 
@@ -33,6 +34,7 @@ class WeightExchange:
         lent: Sequence[set[str]],
         owners: Mapping[str, int],
     ) -> None:
+        self._chain = chain
         self._weights = weights
         ways = {
             (owner, borrower): names
@@ -49,8 +51,13 @@ class WeightExchange:
         """Send weights of this process, as they are now, to where they come into use at a step."""
         taken: dict[str, Tensor] = {}
         for outbox, names in self._lending:
-            taken |= {name: self._weights[name].detach().clone() for name in names if name not in taken}
+            taken |= {name: self._as_it_is(name) for name in names if name not in taken}
             outbox.send({"used_at": used_at}, [taken[name] for name in names])
+
+    def _as_it_is(self, name: str) -> Tensor:
+        """Return a copy of a weight, whole."""
+        weight = self._weights[name].detach()
+        return self._chain.together(weight.full_tensor) if isinstance(weight, DTensor) else weight.clone()
 
     def take(self, used_at: int) -> dict[str, Tensor]:
         """Return the weights that come into use here at a step, waiting for them if need be."""

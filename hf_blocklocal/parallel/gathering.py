@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from hf_blocklocal.parallel.chain import Chain
 from hf_blocklocal.parallel.wire import TensorForm, decoded, encoded, put_together, take_apart
@@ -42,7 +43,8 @@ class Gathered(Mapping[str, Tensor]):
 
     def __getitem__(self, name: str) -> Tensor:
         if name in self._here:
-            return self._here[name].detach().cpu()
+            place = list(self._here).index(name)
+            return self.chain.together(_brought, self.chain, list(self._here.values()), place)
         rank, place = self._places[name]
         return self.chain.together(self._ask_for, rank, place, self.forms[name])
 
@@ -58,9 +60,11 @@ def gathered_at_first(chain: Chain, tensors: Mapping[str, Tensor], facts: Any = 
     """Let the process that writes checkpoints ask for named tensors of all blocks inside the `with`.
 
     All processes must enter it. It is `gathered_at` in the first chain; other chains are copies of that, and have an
-    empty collection.
+    empty collection. What is spread over the chains, they help to bring together.
     """
     if chain.replica > 0:
+        if _is_spread(tensors.values()):
+            chain.together(_follow, chain, list(tensors.values()))
         yield Gathered(chain)
         return
     with gathered_at(chain, 0, tensors, facts) as gathered:
@@ -72,7 +76,7 @@ def gathered_at(chain: Chain, block: int, tensors: Mapping[str, Tensor], facts: 
     """Let the process of one block of this chain ask for named tensors of all blocks inside the `with`.
 
     All processes of the chain must enter it. The others answer until that one has left it, and then have an empty
-    collection.
+    collection. What is spread over several chains can be asked for in the first of them, if the others follow.
 
     Args:
         chain: The place of this process.
@@ -94,6 +98,8 @@ def gathered_at(chain: Chain, block: int, tensors: Mapping[str, Tensor], facts: 
     yield gathered
     for rank in others:
         chain.together(dist.send, torch.tensor([_ENOUGH]), rank, group=chain.control_of_blocks)
+    if _is_spread(tensors.values()):
+        chain.together(_lead, chain, _ENOUGH)
 
 
 def _answer(chain: Chain, asking: int, tensors: Mapping[str, Tensor], facts: Any) -> None:
@@ -107,8 +113,38 @@ def _answer(chain: Chain, asking: int, tensors: Mapping[str, Tensor], facts: Any
     while True:
         dist.recv(place, asking, group=group)
         if place.item() == _ENOUGH:
+            break
+        dist.send(_brought(chain, here, place.item()), asking, group=group)
+    if _is_spread(here):
+        _lead(chain, _ENOUGH)
+
+
+def _is_spread(tensors: Iterable[Tensor]) -> bool:
+    return any(isinstance(tensor, DTensor) for tensor in tensors)
+
+
+def _brought(chain: Chain, tensors: Sequence[Tensor], place: int) -> Tensor:
+    """Return one of the tensors that this process holds, on the CPU, whole."""
+    tensor = tensors[place].detach()
+    if isinstance(tensor, DTensor):
+        _lead(chain, place)
+        tensor = tensor.full_tensor()
+    return tensor.cpu().contiguous()
+
+
+def _lead(chain: Chain, place: int) -> None:
+    """Tell the other processes that hold this block which tensor is to be brought together."""
+    dist.broadcast(torch.tensor([place], device=chain.device), group=chain.replicas, group_src=0)
+
+
+def _follow(chain: Chain, tensors: Sequence[Tensor]) -> None:
+    """Bring tensors together with the process of the first chain that holds this block, until it has enough."""
+    place = torch.empty(1, dtype=torch.int64, device=chain.device)
+    while True:
+        dist.broadcast(place, group=chain.replicas, group_src=0)
+        if place.item() == _ENOUGH:
             return
-        dist.send(here[place.item()].detach().cpu().contiguous(), asking, group=group)
+        tensors[place.item()].detach().full_tensor()
 
 
 def _be_told(gathered: Gathered, rank: int) -> None:
@@ -145,7 +181,7 @@ def give_to_all(chain: Chain, tensors: Mapping[str, Tensor], names: Mapping[str,
     """
     given = {}
     for name, form in names.items():
-        given[name] = tensors[name].contiguous() if chain.writes else torch.empty_like(form, device="cpu")
+        given[name] = tensors[name].contiguous() if chain.writes else TensorForm.of(form).empty(torch.device("cpu"))
         chain.together(dist.broadcast, given[name], 0, group=chain.control)
     return given
 

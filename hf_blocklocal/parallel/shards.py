@@ -12,6 +12,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hf_blocklocal.errors import UnsupportedSettingError
+from hf_blocklocal.parallel.sharding import part_like, whole_like
+
+
+# Those that treat every number of a parameter by itself.
+_ELEMENTWISE = tuple(
+    getattr(torch.optim, name)
+    for name in ("Adadelta", "Adagrad", "Adam", "AdamW", "Adamax", "NAdam", "RAdam", "RMSprop", "Rprop", "SGD")
+)
+
 
 class OptimizerShard:
     """Makes an optimizer of all parameters one of those that are here, and translates its state.
@@ -20,6 +30,8 @@ class OptimizerShard:
         optimizer: An optimizer without state, changed in place.
         names: The name of every parameter.
         is_here: Whether a parameter is.
+        parts: For each parameter that is spread over several processes, the part that is here, whose state is what
+            the optimizer keeps.
     """
 
     def __init__(
@@ -27,10 +39,12 @@ class OptimizerShard:
         optimizer: torch.optim.Optimizer,
         names: Mapping[nn.Parameter, str],
         is_here: Callable[[nn.Parameter], bool],
+        parts: Mapping[nn.Parameter, nn.Parameter] | None = None,
     ) -> None:
         self.optimizer = optimizer
         self._names: list[list[str]] = []
         self._here: list[str] = []
+        self._spread = {names[whole]: whole for whole in parts or {}}
         for group in optimizer.param_groups:
             self._names.append([names[parameter] for parameter in group["params"]])
             group["params"] = [parameter for parameter in group["params"] if is_here(parameter)]
@@ -40,7 +54,7 @@ class OptimizerShard:
     def state_by_name(self) -> dict[str, dict[str, Any]]:
         """Return what the optimizer keeps of every parameter that is here."""
         state = self.optimizer.state_dict()["state"]
-        return {name: state[index] for index, name in enumerate(self._here) if index in state}
+        return {name: self._whole(name, state[index]) for index, name in enumerate(self._here) if index in state}
 
     def whole(self, state_by_name: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
         """Return the state dict of an optimizer of all parameters.
@@ -70,11 +84,44 @@ class OptimizerShard:
             for index, name in zip(group["params"], names, strict=True):
                 if name in here:
                     if index in state_dict["state"]:
-                        state[start + len(mine)] = state_dict["state"][index]
+                        state[start + len(mine)] = self._part(name, state_dict["state"][index])
                     mine.append(start + len(mine))
             start += len(mine)
             groups.append({**group, "params": mine})
         return {"state": state, "param_groups": groups}
+
+    def _whole(self, name: str, kept: dict[str, Any]) -> dict[str, Any]:
+        """Return what is kept of a parameter as if it were whole; it is brought together when it is looked at."""
+        if name not in self._spread:
+            return kept
+        whole = self._spread[name]
+        part = whole.detach().to_local()
+        return {key: whole_like(whole, value) if _is_like(value, part) else value for key, value in kept.items()}
+
+    def _part(self, name: str, kept: dict[str, Any]) -> dict[str, Any]:
+        """Return the part that is here of what is kept of a whole parameter."""
+        if name not in self._spread:
+            return kept
+        whole = self._spread[name]
+        return {key: part_like(whole, value) if _is_like(value, whole) else value for key, value in kept.items()}
+
+
+def check_is_elementwise(optimizer: torch.optim.Optimizer) -> None:
+    """Refuse, for parts of parameters, an optimizer that looks at more of a parameter than one number at a time.
+
+    Raises:
+        UnsupportedSettingError: If it may.
+    """
+    if type(optimizer) not in _ELEMENTWISE:
+        known = ", ".join(kind.__name__ for kind in _ELEMENTWISE)
+        raise UnsupportedSettingError(
+            f"shard_replicas=True gives an optimizer parts of weights, and {type(optimizer).__name__} may need them "
+            f"whole. Choose one of torch's own that do not: {known}; or leave shard_replicas out."
+        )
+
+
+def _is_like(value: Any, parameter: Tensor) -> bool:
+    return isinstance(value, Tensor) and value.dim() > 0 and value.shape == parameter.shape
 
 
 def tensors_in(state_by_name: Mapping[str, Mapping[str, Any]]) -> dict[str, Tensor]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from hf_blocklocal.parallel.exchange import WeightExchange
 from hf_blocklocal.parallel.gathering import Gathered, gathered_at, gathered_at_first, give_to_all
 from hf_blocklocal.parallel.needs import check_heads_look_up, trace_needs, used_by_heads
 from hf_blocklocal.parallel.proof import check_block_alone
+from hf_blocklocal.parallel.sharding import ShardedLayers
 from hf_blocklocal.parallel.stage import Stage, let_go_, move_, unneeded_here
 from hf_blocklocal.parallel.wire import TensorForm
 
@@ -55,6 +56,11 @@ class Whole(Mapping[str, Tensor]):
 class Stationing:
     """One block of an assembly, at work in this process.
 
+    Attributes:
+        names: The name of every parameter; of one that is spread, also that of its part.
+        owners: The block that each belongs to.
+        sharded: The layers of the block, if they are spread over the processes that hold it.
+
     Args:
         assembly: The whole model with all heads, on the CPU. What belongs to other blocks is let go.
         chain: The place of this process.
@@ -63,6 +69,7 @@ class Stationing:
 
     def __init__(self, assembly: Assembly, chain: Chain, batch: Mapping[str, Any]) -> None:
         self._assembly, self._chain = assembly, chain
+        self.sharded: ShardedLayers | None = None
         model, boundaries = assembly.module.model, assembly.step.boundaries
         self._facts: dict[str, Any] = {}
         self._brought: dict[Tensor, Tensor] = {}
@@ -103,6 +110,36 @@ class Stationing:
         move_(self._assembly.module, device)
         if self._assembly.copies is not None:
             self._assembly.copies.move_(device)
+
+    def shard_(self) -> Assembly:
+        """Spread the layers of the block over the processes that hold it, once the block is where it computes.
+
+        Returns:
+            The assembly with what has become of its parameters.
+
+        Raises:
+            UnsupportedSettingError: If they cannot be spread.
+        """
+        assembly, span = self._assembly, self._assembly.cut.spans[self._chain.block]
+        before = {name: parameter for parameter, name in self.names.items()}
+        layers = {
+            path: assembly.module.model.get_submodule(path) for path in assembly.cut.layers[span.start : span.stop]
+        }
+        self.sharded = ShardedLayers(layers, self._chain)
+        after = {name: p for name, p in assembly.module.named_parameters() if p in self.sharded.parts}
+        parts = {before[name]: self.sharded.parts[whole] for name, whole in after.items()}
+        for name, whole in after.items():
+            owner = self.owners.pop(before[name])
+            del self.names[before[name]]
+            for parameter in (whole, self.sharded.parts[whole]):
+                self.names[parameter], self.owners[parameter] = name, owner
+        if assembly.copies is not None:
+            assembly.copies.live |= {
+                path: after[name] for path in assembly.copies.live if (name := f"model.{path}") in after
+            }
+        parameters = tuple(tuple(parts.get(p, p) for p in block) for block in assembly.parameters)
+        self._assembly = replace(assembly, parameters=parameters, parts=self.sharded.parts)
+        return self._assembly
 
     def announce(self, inputs: Mapping[str, Any], where: tuple[int | str, ...]) -> None:
         """Say what the messages to come belong to.

@@ -90,6 +90,8 @@ class RunsApart(FindsCheckpoints):
         """Make up for the averaging of gradients over the copies of a block, not over all processes."""
         if self._chain is None:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch, **kwargs)
+        if self._in_company:
+            return 0 * super().compute_loss(model, inputs, False, None, **kwargs)
         with self._counted_here() as average:
             result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch, **kwargs)
         counts = getattr(self, "model_accepts_loss_kwargs", False) or self.compute_loss_func
@@ -98,6 +100,33 @@ class RunsApart(FindsCheckpoints):
         if not return_outputs:
             return result * self._chain.num_replicas
         return (result[0] * self._chain.num_replicas, *result[1:])
+
+    # Whether a micro-batch is run that has nothing to teach.
+    _in_company = False
+
+    def _keeps_company(self, *, learns: bool) -> bool:
+        """Tell whether a micro-batch without targets must be run, since others of this block wait for its layers."""
+        if self._sharded is None:
+            return False
+        learning = self._sharded.sum(torch.tensor([float(learns)], device=self.args.device))
+        return not learns and learning.item() > 0
+
+    def _with_any_labels(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        """Return a batch with labels that count, in place of those that do not."""
+        return {**inputs, **{name: torch.zeros_like(inputs[name]) for name in self.label_names if name in inputs}}
+
+    @contextmanager
+    def _company(self, keeps_company: bool) -> Iterator[None]:
+        """Let the last block learn nothing from its loss inside the `with`, if there is nothing to be learned."""
+        self._in_company = keeps_company
+        try:
+            yield
+        finally:
+            self._in_company = False
+
+    def _backward_to_nothing(self, loss: Tensor, **options: Any) -> None:
+        """Run a backward pass that leaves gradients of zero."""
+        self.accelerator.backward(0 * loss, **options)
 
     @contextmanager
     def _counted_here(self) -> Iterator[bool]:
@@ -161,6 +190,8 @@ class RunsApart(FindsCheckpoints):
 
     def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
         """Save and stop, if this process has been told to end."""
+        if self._sharded is not None:
+            self._sharded.forget_gradients_()  # the parent has, of the parameters
         if self._leaving is not None and self._leaving.due(self.state.global_step):
             self.control.should_save = self.control.should_training_stop = True
         if self.control.should_log or self.control.should_save:

@@ -62,7 +62,10 @@ class SavesBlocks(SpreadsBlocks):
         super()._save_optimizer_and_scheduler(output_dir)
         for kept in self._keepsakes:
             if self._chain is not None:
-                self._save_together(kept.state(), Path(output_dir) / kept.file_name)
+                state = kept.state()
+                if kept is self._anchor:
+                    state = {name: self._whole_of(name, tensor) for name, tensor in state.items()}
+                self._save_together(state, Path(output_dir) / kept.file_name)
             elif self.args.should_save:
                 kept.save(output_dir)
 

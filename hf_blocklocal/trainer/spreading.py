@@ -64,7 +64,7 @@ class SpreadsBlocks(PlacesBlocks):
         """Return what averages, clips and steps the blocks of a run; it reads no norm that a device is still at."""
         if self._spread is None:
             replicas = None if self._chain is None else self._chain.replicas
-            return BlockUpdates(self._replicas, replicas, self._together)
+            return BlockUpdates(self._replicas, replicas, self._together, sharded=self._sharded)
         self._ledger = Ledger()
         return BlockUpdates(1, check=self._ledger.note_norms, combine=self._ledger.keep_norms)
 

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import Trainer
 
 from hf_blocklocal.errors import BlockLocalError
 from hf_blocklocal.parallel.chain import Chain, ReplicaMesh, form_chains
 from hf_blocklocal.parallel.leaving import Leaving
-from hf_blocklocal.parallel.shards import OptimizerShard
+from hf_blocklocal.parallel.sharding import ShardedLayers, part_like, whole_like
+from hf_blocklocal.parallel.shards import OptimizerShard, check_is_elementwise
 from hf_blocklocal.parallel.stationing import Stationing
 from hf_blocklocal.probe import random_state_kept
 from hf_blocklocal.settings import (
@@ -31,6 +33,7 @@ class TakesStation(Trainer):
     _stationing: Stationing | None = None
     _shard: OptimizerShard | None = None
     _leaving: Leaving | None = None
+    _sharded: ShardedLayers | None = None
 
     def create_accelerator_and_postprocess(self) -> None:
         """Put this process in its place, and let the processes of a chain read the same batches."""
@@ -68,12 +71,44 @@ class TakesStation(Trainer):
                 raise
             self._stationing.move_(self.args.device)
             self.accelerator.prepare_model(self.model, device_placement=False, evaluation_mode=True)
+            if self.block_local.shard_replicas and self._chain.num_replicas > 1:
+                self._share_out()
+
+    def _share_out(self) -> None:
+        """Keep a part of the block's layers, and leave the rest to the processes that hold the same block."""
+        try:
+            self._assembly = self._stationing.shard_()
+        except BlockLocalError as error:
+            self._chain.fail(error)
+            raise
+        self._sharded = self._stationing.sharded
+
+    def _parts_in_place(self) -> AbstractContextManager[None]:
+        """Let an optimizer be made inside the `with`, of the parts that are here of what is shared out."""
+        return nullcontext() if self._sharded is None else self._sharded.parts_in_place()
+
+    def _part_of(self, name: str, whole: Tensor) -> Tensor:
+        """Return what this process has of a tensor like a parameter of the model."""
+        parameter = self.model.get_parameter(name)
+        return part_like(parameter, whole) if parameter in self._parts else whole
+
+    def _whole_of(self, name: str, part: Tensor) -> Tensor:
+        """Return a tensor like what this process has of a parameter of the model as one like the whole parameter."""
+        parameter = self.model.get_parameter(name)
+        return whole_like(parameter, part) if parameter in self._parts else part
+
+    @property
+    def _parts(self) -> Mapping[nn.Parameter, nn.Parameter]:
+        return {} if self._sharded is None else self._sharded.parts
 
     def _keep_own_shard(self, optimizer: torch.optim.Optimizer, *, given: bool) -> None:
         """Leave the optimizer only the parameters that this process trains."""
         if self._chain is not None:
             check_optimizer_not_given(given)
-            self._shard = OptimizerShard(optimizer, self._stationing.names, self._stationing.is_mine)
+            if self._sharded is not None:
+                check_is_elementwise(optimizer)
+            station = self._stationing
+            self._shard = OptimizerShard(optimizer, station.names, station.is_mine, self._parts)
 
     def _is_own_shard(self, optimizer: torch.optim.Optimizer | None) -> bool:
         """Tell whether an optimizer is that of an earlier run, which has only the parameters that are here."""

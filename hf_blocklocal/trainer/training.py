@@ -110,7 +110,8 @@ class BlockLocalMixin(EvaluatesBlocks, SavesBlocks, PushesRuns, SpreadsBlocks, W
         assembly = self.assembly
         if self._anchor is None and self.block_local.anchor > 0 and assembly.last > 0:
             weights = assembly.lower_weights()
-            self._anchor = Anchor(weights, self.block_local.anchor, alone=self._chain is not None)
+            alone = self._chain is not None
+            self._anchor = Anchor(weights, self.block_local.anchor, alone=alone, part_of=self._part_of)
         return self._anchor
 
     # ---- Setting up ----
@@ -134,7 +135,8 @@ class BlockLocalMixin(EvaluatesBlocks, SavesBlocks, PushesRuns, SpreadsBlocks, W
         if self._is_own_shard(self._inner_optimizer):
             return self.optimizer
         given, has_schedule = self.optimizer, self.lr_scheduler is not None
-        optimizer = super().create_optimizer(self.assembly.module)
+        with self._parts_in_place():
+            optimizer = super().create_optimizer(self.assembly.module)
         if given is not None:
             add_heads_(given, list(self.assembly.heads.parameters()), has_schedule=has_schedule)
         self.assembly.set_learning_rates_(self._inner_optimizer, has_schedule=has_schedule)
@@ -161,7 +163,8 @@ class BlockLocalMixin(EvaluatesBlocks, SavesBlocks, PushesRuns, SpreadsBlocks, W
                 self.model, device_placement=not self._is_apart, evaluation_mode=True
             )
         if self._replicas > 1:
-            here = [tensor for tensor in [*module.parameters(), *module.buffers()] if not tensor.is_meta]
+            tensors = [*module.parameters(), *module.buffers()]
+            here = [tensor for tensor in tensors if not tensor.is_meta and tensor not in self._parts]
             self._together(broadcast_from_first, here, self._updates.group)
         if self.anchor is not None:
             self.anchor.attach(self._inner_optimizer)
@@ -189,7 +192,11 @@ class BlockLocalMixin(EvaluatesBlocks, SavesBlocks, PushesRuns, SpreadsBlocks, W
         seed = self._seed_of_micro_batch()
         targets = assembly.read_targets(inputs, seed=seed)
         in_global_step = is_global(self.state.global_step, self.state.max_steps, self.block_local)
-        if len(targets) == 0:
+        keeps_company = self._keeps_company(learns=len(targets) > 0)
+        if keeps_company:
+            inputs = self._with_any_labels(inputs)
+            targets = assembly.read_targets(inputs, seed=seed)
+        elif len(targets) == 0:
             return self._skip_batch(in_global_step=in_global_step)
         if in_global_step:
             return self._global_step(inputs, num_items_in_batch)
@@ -203,7 +210,7 @@ class BlockLocalMixin(EvaluatesBlocks, SavesBlocks, PushesRuns, SpreadsBlocks, W
                 processes=processes,
                 accumulation_steps=self.current_gradient_accumulation_steps,
             ),
-            backward=self.accelerator.backward,
+            backward=self._backward_to_nothing if keeps_company else self.accelerator.backward,
             learned=self._finish_block,
             inputs=inputs,
             custom_loss=custom_loss(
@@ -213,16 +220,18 @@ class BlockLocalMixin(EvaluatesBlocks, SavesBlocks, PushesRuns, SpreadsBlocks, W
             bootstrap=bootstrap_weight(self.state.global_step, self.state.max_steps, self.block_local),
             seed=seed,
         )
-        with lesson as report:
+        with lesson as report, self._company(keeps_company):
             loss = self._teach_here(inputs, self._items_for_model(num_items_in_batch))
         if loss is not None:
             report.losses.append(loss)
         self._check_finite(report)
         if loss is not None:
             self._finish_block(assembly.last, report)
-        self._meter.add(
-            report.losses, halves=report.halves, targets=report.targets, completes_step=self.accelerator.sync_gradients
-        )
+        completes_step = self.accelerator.sync_gradients
+        if keeps_company:
+            self._meter.skip(completes_step=completes_step)
+            return torch.zeros((), device=self.args.device)
+        self._meter.add(report.losses, halves=report.halves, targets=report.targets, completes_step=completes_step)
         return self._told_to_parent(report.losses[-1])
 
     def _global_step(self, inputs: dict[str, Any], num_items_in_batch: Any) -> Tensor:

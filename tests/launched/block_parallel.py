@@ -8,7 +8,7 @@ other batches), `raises`, `killed`, `stopped` and `silent` (rank and step, or ba
 `generates` (a prompt), `frozen` (a part of the model), `normalised` (whether its classifier starts with a batch norm),
 `noisy` (whether inputs are changed at random as they are read), `runs` (how often to train), `writes` (how to generate
 in predictions, where evaluations are to generate too), `patience` (evaluations without a better one, then it ends),
-`slow` (a rank, and seconds that each forward pass of an evaluation takes there).
+`slow` (a rank, and seconds that each forward pass of an evaluation takes there), `unlabelled` (samples without label).
 CLOCK_AHEAD in the environment is by how many seconds the clock of this machine is ahead of others.
 """
 
@@ -148,9 +148,20 @@ class Noisy(torch.utils.data.Dataset):
         return {**row, "pixel_values": row["pixel_values"] + torch.randn_like(row["pixel_values"])}
 
 
-def rows_of(specimen, seeds):
-    """Return single samples."""
-    return [{key: value[i] for key, value in specimen.batch(seed).items()} for seed in seeds for i in range(4)]
+def rows_of(specimen, seeds, unlabelled=()):
+    """Return single samples, some of them without label."""
+    rows = [{key: value[i] for key, value in specimen.batch(seed).items()} for seed in seeds for i in range(4)]
+    for index in unlabelled:
+        rows[index]["labels"] = torch.full_like(rows[index]["labels"], -100)
+    return rows
+
+
+def bytes_of_tensors():
+    """Return the bytes of all tensors that are alive in this process."""
+    gc.collect()
+    plain = [thing for thing in gc.get_objects() if type(thing) in (torch.Tensor, torch.nn.Parameter)]
+    storages = [tensor.untyped_storage() for tensor in plain if not tensor.is_meta]
+    return sum({storage._cdata: storage.nbytes() for storage in storages}.values())
 
 
 def build(case):
@@ -190,13 +201,14 @@ def make(folder, case, config, rows, args):
 
 def run(folder, case):
     """Train, evaluate, predict, and leave `log-RANK.json` and an ordinary checkpoint."""
-    specimen = SPECIMENS[case["specimen"]]
+    before, specimen = bytes_of_tensors(), SPECIMENS[case["specimen"]]
     folder.mkdir(parents=True, exist_ok=True)  # the trainer makes it where it writes
     kind = partial(Seq2SeqTrainingArguments, predict_with_generate=True) if "writes" in case else TrainingArguments
     args = kind(
         str(folder), per_device_train_batch_size=case.get("batch_size", 4), **(ARGUMENTS | case.get("args", {}))
     )
-    rows = rows_of(specimen, range(9, 17) if case.get("odd") == args.process_index else range(8))
+    seeds = range(9, 17) if case.get("odd") == args.process_index else range(8)
+    rows = rows_of(specimen, seeds, case.get("unlabelled", ()))
     trainer = make(folder, case, BlockLocalConfig(**case["config"]), rows, args)
     if "slow" in case and case["slow"][0] == args.process_index:
         trainer.model.register_forward_pre_hook(
@@ -220,6 +232,7 @@ def run(folder, case):
         outcome = trainer.train(resume_from_checkpoint=case.get("resume"))
     if case.get("told_to_end") and trainer.state.global_step < trainer.state.max_steps:
         return
+    owned = bytes_of_tensors() - before
     predicted = trainer.predict(rows[:11], metric_key_prefix="test", **case.get("writes", {}))
     trainer.save_model(str(folder / "final"))
     predictions = predicted.predictions[0] if isinstance(predicted.predictions, tuple) else predicted.predictions
@@ -232,6 +245,7 @@ def run(folder, case):
         generated = [trainer.predict(unlabelled, **case["writes"]).predictions.tolist(), torch.rand(1).tolist()]
     parameters = list(trainer.assembly.module.parameters())
     chain = trainer._chain
+    inside = [p for path in trainer.assembly.cut.layers for p in trainer.model.get_submodule(path).parameters()]
     log = {
         "machine": int(os.environ.get("GROUP_RANK", 0)),
         "chain": 0 if chain is None else chain.replica,
@@ -242,6 +256,8 @@ def run(folder, case):
         "history": trainer.state.log_history,
         "generated": generated,
         "brought": [max(brought.in_evaluations), brought.now],
+        "owned": owned,
+        "in_layers": sum(p.nbytes for p in inside if not p.is_meta),
         "collectives": counter.per_step if counter is not None else [],
         "held": sum(p.numel() for p in parameters if not p.is_meta) / sum(p.numel() for p in parameters),
     }
