@@ -84,6 +84,7 @@ class Row:
 
     def _config(self, num_blocks: int) -> Any:
         from hf_blocklocal import BlockLocalConfig
+
         given = {"num_blocks": num_blocks, "evaluate_blocks": False, **self.block_local}
         preset = given.pop("preset", None)
         return BlockLocalConfig.from_dict(given) if preset is None else BlockLocalConfig.from_preset(preset, **given)
