@@ -17,6 +17,7 @@ from hf_blocklocal.anatomy import (
     check_layers_not_shared,
     find_router_loss,
     find_stacks,
+    is_encoder_decoder,
     target_embedding,
 )
 from hf_blocklocal.blocks import Boundaries, Cut
@@ -239,7 +240,8 @@ def assemble(
     asked, config = config.tied_weights, with_tied_weights_settled_(model, config)
     trace = trace_layers(model, find_stacks(model, config.layers), inputs)
     cut = plan_cut(trace, config)
-    config = settled(config, single_stack=trace.stacks[-1] == 0)
+    single_stack = trace.stacks[-1] == 0
+    config = settled(config, single_stack=single_stack, lends=single_stack or is_encoder_decoder(model))
     device = labels_of(inputs).device
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)

@@ -90,15 +90,25 @@ def build_shortcut(
             f"head_layers={config.head_layers} and {config.apart_by} exclude each other for {type(model).__name__}: "
             "the decoder layers that a head borrows would need the states of the encoder. Use head_layers=0."
         )
-    return Shortcut(
-        model,
-        cut,
-        trace,
-        config.head_layers,
-        reach,
-        confines=confines,
-        straight_through=config.head_bypass == "straight_through",
+    straight_through = config.head_bypass == "straight_through"
+    shortcut = Shortcut(
+        model, cut, trace, config.head_layers, reach, confines=confines, straight_through=straight_through
     )
+    if straight_through:
+        _check_can_be_passed(model, shortcut, trace, cut)
+    return shortcut
+
+
+def _check_can_be_passed(model: nn.Module, shortcut: Shortcut, trace: Trace, cut: Cut) -> None:
+    """Refuse to send gradients straight past layers that put out another shape than they are given."""
+    for block in range(cut.num_blocks - 1):
+        for layer in range(cut.spans[block].stop, len(cut.layers)):
+            given, made = trace.entering[layer], trace.shapes[layer]
+            if layer not in shortcut.kept_layers(block) and given != made:
+                raise UnsupportedSettingError(
+                    "head_bypass='straight_through' needs layers that put out the shape that they are given, and "
+                    f"{cut.layers[layer]} of {type(model).__name__} makes {made} of {given}. Use head_bypass='skip'."
+                )
 
 
 def lent_to_heads(

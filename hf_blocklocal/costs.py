@@ -91,7 +91,7 @@ def warn_of_heavy_heads(costs: Sequence[float]) -> None:
     if heavy:
         logger.warning(
             "The heads of these blocks cost more than %.0f%% of the operations of their block: %s. Larger blocks, "
-            "fewer head_layers or a smaller latent_dim make them lighter.",
+            "fewer head_layers, head_bypass='skip' or a smaller latent_dim make them lighter.",
             100 * LIGHT,
             ", ".join(heavy),
         )

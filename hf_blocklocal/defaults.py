@@ -11,6 +11,7 @@ import logging
 from dataclasses import replace
 
 from hf_blocklocal.config import BlockLocalConfig
+from hf_blocklocal.errors import ConfigError
 
 
 logger = logging.getLogger(__name__)
@@ -51,28 +52,45 @@ def default_refresh_lag(num_blocks: int) -> int:
     return 1 + (num_blocks - 1) // 3
 
 
-def settled(config: BlockLocalConfig, *, single_stack: bool) -> BlockLocalConfig:
+def settled(config: BlockLocalConfig, *, single_stack: bool, lends: bool = True) -> BlockLocalConfig:
     """Return a configuration that leaves nothing about its heads open.
 
     Args:
         config: What was asked for.
         single_stack: Whether the model has one stack of layers.
+        lends: Whether its layers can be borrowed: those of one stack, or of an encoder and a decoder.
+
+    Raises:
+        ConfigError: If heads are to be of two kinds.
     """
+    if config.num_blocks == 1:
+        return config
     if config.head_layers is None:
-        asked = any(getattr(config, name) != getattr(BlockLocalConfig, name) for name in OWN_HEAD)
-        own_head = asked or (not single_stack and config.blocks_apart)
-        if own_head and not asked:
-            logger.warning(
-                "With %s, the blocks of an encoder-decoder learn from heads of their own. With those, a pretrained "
-                "encoder has come out worse than frozen (docs/learning.md): freeze it, or keep all blocks in one "
-                "process and on one device.",
-                config.apart_by,
-            )
+        own_head = _has_own_head(config, lends=lends, decoder_apart=not single_stack and config.blocks_apart)
         config = replace(config, head_layers=0 if own_head else default_head_layers(config.num_blocks))
     if config.head_bypass == "auto":
         runs_all = config.head_layers > 0 and not single_stack and not config.blocks_apart
         config = replace(config, head_bypass="straight_through" if runs_all else "skip")
     return refreshed(config) if config.borrows else config
+
+
+def _has_own_head(config: BlockLocalConfig, *, lends: bool, decoder_apart: bool) -> bool:
+    asked = next((name for name in OWN_HEAD if getattr(config, name) != getattr(BlockLocalConfig, name)), None)
+    if config.head_bypass == "straight_through":
+        if asked is not None:
+            raise ConfigError(
+                f"head_bypass='straight_through' and {asked}={getattr(config, asked)!r} exclude each other: one is "
+                "for heads that borrow layers, the other asks for heads of their own. Leave one of the two out."
+            )
+        return False
+    if decoder_apart and lends and asked is None:
+        logger.warning(
+            "With %s, the blocks of an encoder-decoder learn from heads of their own. With those, a pretrained "
+            "encoder has come out worse than frozen (docs/learning.md): freeze it, or keep all blocks in one "
+            "process and on one device.",
+            config.apart_by,
+        )
+    return asked is not None or not lends or decoder_apart
 
 
 def refreshed(config: BlockLocalConfig) -> BlockLocalConfig:

@@ -10,6 +10,7 @@ from torch import nn
 from hf_blocklocal.blocks import Cut
 from hf_blocklocal.config import BlockLocalConfig
 from hf_blocklocal.feedback import FeedbackHead
+from hf_blocklocal.history import STRAIGHT_PAST
 from hf_blocklocal.shortcut import borrowed_layers
 
 
@@ -70,7 +71,7 @@ def taught_by(cut: Cut, config: BlockLocalConfig, heads: Sequence[FeedbackHead],
         through += [f"layers {', '.join(map(str, layers_above))}"] if layers_above else []
         taught += f" through {' and '.join(through)}"
         if config.head_bypass == "straight_through" and len(layers_above) < len(cut.layers) - cut.spans[block].stop:
-            taught += ", straight past the others"
+            taught += f", {STRAIGHT_PAST}"
     return taught
 
 

@@ -70,6 +70,10 @@ class Summary(Logged):
     kind: ClassVar[str] = "summary"
 
 
+# What `taught_by` says of heads that run the layers that they do not borrow.
+STRAIGHT_PAST = "straight past the others"
+
+
 @dataclass(frozen=True)
 class BlockOfCut:
     """One block of a cut model.

@@ -84,7 +84,8 @@ def measure_costs(model: nn.Module, config: BlockLocalConfig, setting: Setting) 
     config = with_tied_weights_settled_(model, config)
     with setting.precision():
         trace = trace_layers(model, find_stacks(model, config.layers), setting.inputs, setting.loss_traits)
-    config = settled(config, single_stack=trace.stacks[-1] == 0)
+    single_stack = trace.stacks[-1] == 0
+    config = settled(config, single_stack=single_stack, lends=single_stack or is_encoder_decoder(model))
     parts = _cut_everywhere(model, config, trace, setting)
     num_layers, heads = len(trace.layers), parts.step.heads
     targets = assumed_targets(model, trace.task, setting, negatives=parts.negatives(config))

@@ -157,7 +157,8 @@ def silenced(model, paths):
 def test_left_out_layers_hand_on_the_position_bias(boundary, left_out, borrow):
     batch = SPECIMENS["t5"].batch(0)
     model, reference = borrow("t5").eval(), silenced(borrow("t5"), left_out).eval()
-    assembly = assemble(model, BlockLocalConfig(boundaries=(boundary,), head_layers=1), batch)
+    config = BlockLocalConfig(boundaries=(boundary,), head_layers=1, head_bypass="skip")
+    assembly = assemble(model, config, batch)
     seen = []
     with torch.no_grad():
         step, expected = assembly.step, reference(**batch).logits

@@ -10,8 +10,10 @@ from training import make
 from zoo import SPECIMENS
 
 from hf_blocklocal import BlockLocalConfig, assemble
+from hf_blocklocal.checkpoint import save_heads
 from hf_blocklocal.defaults import settled
-from hf_blocklocal.errors import ConfigError
+from hf_blocklocal.depth.opening import open_trained
+from hf_blocklocal.errors import ConfigError, UnsupportedSettingError
 from hf_blocklocal.signals import first_tensor
 
 
@@ -160,7 +162,35 @@ def test_an_encoder_that_would_better_be_frozen_is_warned_of(caplog):
     assert "With block_parallel_size=2, the blocks of an encoder-decoder learn from heads of their own" in caplog.text
 
 
+def test_layers_that_change_the_shape_cannot_be_passed():
+    model, batch = SPECIMENS["resnet"].build(), SPECIMENS["resnet"].batch(0)
+    with pytest.raises(UnsupportedSettingError, match=r"ResNetForImageClassification makes \(.*\) of \(.*\)"):
+        assemble(model, BlockLocalConfig(num_blocks=2, head_bypass="straight_through"), batch)
+
+
+def test_stacks_that_cannot_lend_have_heads_of_their_own():
+    model, batch = SPECIMENS["t5"].build(), SPECIMENS["t5"].batch(0)
+    model.config.is_encoder_decoder = False
+    assert assemble(model, BlockLocalConfig(num_blocks=2), batch).config.head_layers == 0
+
+
+def test_a_model_that_was_trained_apart_is_opened_with_the_heads_that_it_had(tmp_path):
+    model, batch = SPECIMENS["t5"].build(), SPECIMENS["t5"].batch(0)
+    trained = assemble(model, BlockLocalConfig(num_blocks=2, head_layers=0), batch)
+    save_heads(tmp_path, heads=trained.heads.state_dict(), cut=trained.cut)
+    config = BlockLocalConfig(num_blocks=2, block_parallel_size=2)
+    opened = open_trained(model, config=config, heads=tmp_path, inputs=batch)
+    assert opened.assembly.config.head_layers == 0
+
+
+def test_a_single_block_has_no_heads_to_settle():
+    config = BlockLocalConfig(num_blocks=1, head_bypass="straight_through")
+    assert settled(config, single_stack=True) == config
+
+
 def test_what_it_cannot_be_combined_with_is_named():
+    with pytest.raises(ConfigError, match="head_bypass='straight_through' and feedback='label' exclude each other"):
+        settled(BlockLocalConfig(head_bypass="straight_through", feedback="label"), single_stack=True)
     with pytest.raises(ConfigError, match="head_bypass='straight_through' and head_layers=0 exclude each other"):
         BlockLocalConfig(head_layers=0, head_bypass="straight_through")
     with pytest.raises(ConfigError, match="and block_parallel_size=2 exclude each other"):

@@ -64,7 +64,8 @@ def test_who_ends_before_its_neighbour_is_told_so(ends, messages):
 
 def test_weights_on_their_way_may_stay_there_until_the_outermost_session_ends():
     fetched = []
-    places = dict.fromkeys(("replicas", "blocks", "control", "control_of_blocks", "peers", "device"))
+    groups = ("replicas", "blocks", "control", "control_of_blocks", "control_of_replicas")
+    places = dict.fromkeys((*groups, "peers", "device"))
     trainer = object.__new__(PlacesBlocks)
     trainer._leaving = nullcontext()
     trainer._chain = Chain(block=0, num_blocks=2, replica=0, num_replicas=1, **places)

@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 
 from hf_blocklocal.card.facts import CardFacts, RunResult
+from hf_blocklocal.history import STRAIGHT_PAST
 
 
 NO_BASELINE = (
@@ -130,6 +131,11 @@ def results_explained(facts: CardFacts) -> str | None:
         said.append(f"The numbers are those after step {result.evaluated_at:,} of {result.steps:,}.")
     if result.of_blocks():
         said.append("The head of a block says what the model would have predicted had it ended there.")
+        if any(STRAIGHT_PAST in block.taught_by for block in facts.blocks):
+            said.append(
+                "It learned with all layers above it (`head_bypass`), and is asked here without those that it does "
+                "not borrow: so read its numbers neither as what its block has learned nor beside its training loss."
+            )
     return " ".join(said) or None
 
 

@@ -15,10 +15,11 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedModel
 
-from hf_blocklocal.anatomy import outputs_not_recorded
+from hf_blocklocal.anatomy import is_encoder_decoder, outputs_not_recorded
 from hf_blocklocal.assembly import Assembly, assemble
 from hf_blocklocal.checkpoint import HEADS_NAME, load_heads_
 from hf_blocklocal.config import BlockLocalConfig
+from hf_blocklocal.defaults import settled
 from hf_blocklocal.depth.example import example_batch
 from hf_blocklocal.errors import ConfigError, HeadsMismatchError, UnsupportedSettingError
 from hf_blocklocal.targets import Targets
@@ -137,6 +138,8 @@ def _assembled(
     inputs: Mapping[str, Any] | None,
     folder: Path | None,
 ) -> Opened:
+    if config.blocks_apart:  # what is left open depends on it
+        config = settled(config, single_stack=not is_encoder_decoder(model))
     # Of copies and second runs nothing is left after training; heads borrow the layers that are saved.
     live = {"head_refresh_steps": 1, "head_refresh_lag": 0, "head_refresh_decay": 0.0}
     config = replace(config, **live, denoising=0.0, block_parallel_size=1, placement="auto")

@@ -51,6 +51,7 @@ class Chain:
         blocks: Group of the processes of this chain.
         control: Group of all processes, for tensors on the CPU.
         control_of_blocks: The same, of this chain.
+        control_of_replicas: The same, of the processes that hold this block.
         peers: The other processes.
         device: Where this process computes.
         inbox: Where messages of the block below arrive; none at the first.
@@ -66,6 +67,7 @@ class Chain:
     blocks: dist.ProcessGroup
     control: dist.ProcessGroup
     control_of_blocks: dist.ProcessGroup
+    control_of_replicas: dist.ProcessGroup
     peers: Peers
     device: torch.device
     inbox: Inbox | None = None
@@ -273,7 +275,8 @@ def form_chains(num_blocks: int, device: torch.device, *, peer_timeout: float) -
         replicas=mesh["replica"].get_group(),
         blocks=mesh["block"].get_group(),
         control=dist.new_group(backend="gloo", timeout=_PATIENCE),
-        control_of_blocks=_control_of_blocks(world, num_blocks),
+        control_of_blocks=_own_group([range(first, first + num_blocks) for first in range(0, world, num_blocks)]),
+        control_of_replicas=_own_group([range(block, world, num_blocks) for block in range(num_blocks)]),
         peers=peers,
         device=device,
     )
@@ -284,8 +287,7 @@ def form_chains(num_blocks: int, device: torch.device, *, peer_timeout: float) -
     return chain
 
 
-def _control_of_blocks(world: int, num_blocks: int) -> dist.ProcessGroup:
-    """Make a group for every chain, and return this process's."""
-    chains = [list(range(first, first + num_blocks)) for first in range(0, world, num_blocks)]
-    groups = [dist.new_group(ranks, backend="gloo", timeout=_PATIENCE) for ranks in chains]
-    return groups[dist.get_rank() // num_blocks]
+def _own_group(members: Sequence[range]) -> dist.ProcessGroup:
+    """Make groups that share out all processes, and return this process's."""
+    groups = [dist.new_group(list(ranks), backend="gloo", timeout=_PATIENCE) for ranks in members]
+    return next(group for group, ranks in zip(groups, members, strict=True) if dist.get_rank() in ranks)

@@ -134,14 +134,14 @@ def _brought(chain: Chain, tensors: Sequence[Tensor], place: int) -> Tensor:
 
 def _lead(chain: Chain, place: int) -> None:
     """Tell the other processes that hold this block which tensor is to be brought together."""
-    dist.broadcast(torch.tensor([place], device=chain.device), group=chain.replicas, group_src=0)
+    dist.broadcast(torch.tensor([place]), group=chain.control_of_replicas, group_src=0)
 
 
 def _follow(chain: Chain, tensors: Sequence[Tensor]) -> None:
     """Bring tensors together with the process of the first chain that holds this block, until it has enough."""
-    place = torch.empty(1, dtype=torch.int64, device=chain.device)
+    place = torch.empty(1, dtype=torch.int64)
     while True:
-        dist.broadcast(place, group=chain.replicas, group_src=0)
+        dist.broadcast(place, group=chain.control_of_replicas, group_src=0)
         if place.item() == _ENOUGH:
             return
         tensors[place.item()].detach().full_tensor()

@@ -44,6 +44,7 @@ class ShardedLayers:
         check_can_be_sharded(layers)
         self._chain, self._layers = chain, list(layers.values())
         self._used: set[nn.Parameter] = set()
+        self._listens = True
         mesh = DeviceMesh.from_group(chain.replicas, chain.device.type)
         for layer in layers.values():
             chain.together(broadcast_from_first, layer.parameters(), chain.replicas)
@@ -87,6 +88,15 @@ class ShardedLayers:
             whole.grad = None
         self._used.clear()
 
+    @contextmanager
+    def keeping_company(self) -> Iterator[None]:
+        """Run layers inside the `with` for the sake of other processes: what is used here alone gets no gradient."""
+        self._listens = False
+        try:
+            yield
+        finally:
+            self._listens = True
+
     def forget_gradients_(self) -> None:
         """Free the gradients of the parts, which the model knows nothing of."""
         for part in self.parts.values():
@@ -107,7 +117,8 @@ class ShardedLayers:
                     parameter.register_post_accumulate_grad_hook(partial(note, wholes[name]))
 
         def note(whole: nn.Parameter, _: Tensor) -> None:
-            self._used.add(whole)
+            if self._listens:
+                self._used.add(whole)
 
         handle = layer.register_forward_pre_hook(listen)
 
@@ -153,6 +164,21 @@ def check_can_be_sharded(layers: Mapping[str, nn.Module]) -> None:
             raise UnsupportedSettingError(
                 f"shard_replicas=True averages the gradients of a layer together, and {path} has trainable parameters "
                 f"of {' and '.join(dtypes)}. Load the model in one dtype, or leave shard_replicas out."
+            )
+
+
+def check_not_used_outside(model: nn.Module, layers: Mapping[str, nn.Module]) -> None:
+    """Refuse weights of layers that other modules use too, for which they would be in parts.
+
+    Raises:
+        UnsupportedSettingError: For the first such weight.
+    """
+    inside = {parameter for layer in layers.values() for parameter in layer.parameters()}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if parameter in inside and not any(name.startswith(f"{path}.") for path in layers):
+            raise UnsupportedSettingError(
+                f"shard_replicas=True keeps a part of each weight of a layer, and {name} is such a weight that is "
+                "used outside of the layers too. Leave shard_replicas out, or untie it: tied_weights='untie'."
             )
 
 

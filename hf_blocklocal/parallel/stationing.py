@@ -20,7 +20,7 @@ from hf_blocklocal.parallel.exchange import WeightExchange
 from hf_blocklocal.parallel.gathering import Gathered, gathered_at, gathered_at_first, give_to_all
 from hf_blocklocal.parallel.needs import check_heads_look_up, trace_needs, used_by_heads
 from hf_blocklocal.parallel.proof import check_block_alone
-from hf_blocklocal.parallel.sharding import ShardedLayers
+from hf_blocklocal.parallel.sharding import ShardedLayers, check_not_used_outside
 from hf_blocklocal.parallel.stage import Stage, let_go_, move_, unneeded_here
 from hf_blocklocal.parallel.wire import TensorForm
 
@@ -125,6 +125,7 @@ class Stationing:
         layers = {
             path: assembly.module.model.get_submodule(path) for path in assembly.cut.layers[span.start : span.stop]
         }
+        check_not_used_outside(assembly.module.model, layers)
         self.sharded = ShardedLayers(layers, self._chain)
         after = {name: p for name, p in assembly.module.named_parameters() if p in self.sharded.parts}
         parts = {before[name]: self.sharded.parts[whole] for name, whole in after.items()}
@@ -201,13 +202,15 @@ class Stationing:
         """
         module, here = self._assembly.module, self.state()
         tensors = {name: parameter for parameter, name in self.names.items()} | dict(module.named_buffers())
-        with gathered_at(self._chain, self._chain.num_blocks - 1, here) as gathered:
-            for name in gathered:
-                if name not in here and name.startswith("model."):
-                    brought = gathered[name].to(self._chain.device)
-                    is_weight = isinstance(tensors[name], nn.Parameter)
-                    self._brought[tensors[name]] = nn.Parameter(brought, requires_grad=False) if is_weight else brought
         try:
+            with gathered_at(self._chain, self._chain.num_blocks - 1, here) as gathered:
+                for name in gathered:
+                    if name not in here and name.startswith("model."):
+                        brought = gathered[name].to(self._chain.device)
+                        is_weight = isinstance(tensors[name], nn.Parameter)
+                        self._brought[tensors[name]] = (
+                            nn.Parameter(brought, requires_grad=False) if is_weight else brought
+                        )
             yield
         finally:
             self._brought.clear()

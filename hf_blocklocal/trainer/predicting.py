@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from hf_blocklocal.blocks import EndOfBlock
 from hf_blocklocal.parallel.gathering import gather_samples, share_from_last, sum_over_blocks
+from hf_blocklocal.randomness import RandomState
 from hf_blocklocal.trainer.running import RunsApart
 
 
@@ -76,10 +77,13 @@ class PredictsApart(RunsApart):
         if self._chain is None:
             return
         config = self.model.generation_config
-        said = (torch.get_rng_state().to(self.args.device), config.to_json_string(use_diff=False))
-        state, text = self._as_last_says(lambda: said)
+        drawn = RandomState.now(self.args.device)
+        said = (drawn.cpu, drawn.on_device, config.to_json_string(use_diff=False))
+        on_cpu, on_device, text = self._as_last_says(
+            lambda: tuple(state.to(self.args.device) if isinstance(state, Tensor) else state for state in said)
+        )
         if not self._chain.is_last:
-            torch.set_rng_state(state.cpu())
+            RandomState(on_cpu.cpu(), self.args.device, None if on_device is None else on_device.cpu()).set()
             self.model.generation_config = type(config).from_dict(json.loads(text))
 
     def whole_model(self) -> nn.Module:

@@ -120,7 +120,8 @@ class RunsApart(FindsCheckpoints):
         """Let the last block learn nothing from its loss inside the `with`, if there is nothing to be learned."""
         self._in_company = keeps_company
         try:
-            yield
+            with self._sharded.keeping_company() if keeps_company else nullcontext():
+                yield
         finally:
             self._in_company = False
 
