@@ -17,7 +17,6 @@ from hf_blocklocal.anatomy import (
     check_layers_not_shared,
     find_router_loss,
     find_stacks,
-    is_encoder_decoder,
     target_embedding,
 )
 from hf_blocklocal.blocks import Boundaries, Cut
@@ -27,6 +26,7 @@ from hf_blocklocal.building import (
     build_denoising,
     build_heads,
     build_shortcut,
+    can_lend,
     lent_to_heads,
 )
 from hf_blocklocal.config import BlockLocalConfig
@@ -240,8 +240,7 @@ def assemble(
     asked, config = config.tied_weights, with_tied_weights_settled_(model, config)
     trace = trace_layers(model, find_stacks(model, config.layers), inputs)
     cut = plan_cut(trace, config)
-    single_stack = trace.stacks[-1] == 0
-    config = settled(config, single_stack=single_stack, lends=single_stack or is_encoder_decoder(model))
+    config = settled(config, single_stack=trace.stacks[-1] == 0, lends=can_lend(model, trace))
     device = labels_of(inputs).device
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)

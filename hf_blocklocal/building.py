@@ -47,6 +47,14 @@ def build_heads(
     return [heads[block] for block in blocks]
 
 
+def can_lend(model: nn.Module, trace: Trace) -> bool:
+    """Tell whether heads can borrow layers: of one stack, or of encoder and decoder with a state for each label."""
+    if trace.stacks[-1] == 0:
+        return True
+    has_state_for_each = not trace.task.per_position or trace.shapes[-1][:2] == trace.labels_shape
+    return is_encoder_decoder(model) and has_state_for_each
+
+
 def build_shortcut(
     model: nn.Module,
     config: BlockLocalConfig,

@@ -22,7 +22,7 @@ from hf_blocklocal.anatomy import (
     target_embedding,
 )
 from hf_blocklocal.blocks import Boundaries, Cut
-from hf_blocklocal.building import build_chunked, build_heads, build_shortcut, lent_to_heads
+from hf_blocklocal.building import build_chunked, build_heads, build_shortcut, can_lend, lent_to_heads
 from hf_blocklocal.config import BlockLocalConfig
 from hf_blocklocal.defaults import settled
 from hf_blocklocal.errors import UnsupportedSettingError
@@ -84,8 +84,7 @@ def measure_costs(model: nn.Module, config: BlockLocalConfig, setting: Setting) 
     config = with_tied_weights_settled_(model, config)
     with setting.precision():
         trace = trace_layers(model, find_stacks(model, config.layers), setting.inputs, setting.loss_traits)
-    single_stack = trace.stacks[-1] == 0
-    config = settled(config, single_stack=single_stack, lends=single_stack or is_encoder_decoder(model))
+    config = settled(config, single_stack=trace.stacks[-1] == 0, lends=can_lend(model, trace))
     parts = _cut_everywhere(model, config, trace, setting)
     num_layers, heads = len(trace.layers), parts.step.heads
     targets = assumed_targets(model, trace.task, setting, negatives=parts.negatives(config))

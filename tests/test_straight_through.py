@@ -7,6 +7,7 @@ import torch
 from test_parity import examples
 from test_shortcut import TWO_STACKS, gradients_of
 from training import make
+from transformers import SwinConfig, SwinForImageClassification
 from zoo import SPECIMENS
 
 from hf_blocklocal import BlockLocalConfig, assemble
@@ -163,8 +164,12 @@ def test_an_encoder_that_would_better_be_frozen_is_warned_of(caplog):
 
 
 def test_layers_that_change_the_shape_cannot_be_passed():
-    model, batch = SPECIMENS["resnet"].build(), SPECIMENS["resnet"].batch(0)
-    with pytest.raises(UnsupportedSettingError, match=r"ResNetForImageClassification makes \(.*\) of \(.*\)"):
+    config = SwinConfig(
+        image_size=16, patch_size=2, embed_dim=8, depths=[1, 1, 1], num_heads=[1, 1, 1], window_size=2, num_labels=3
+    )
+    model, batch = SwinForImageClassification(config), {"pixel_values": torch.randn(2, 3, 16, 16)}
+    batch["labels"] = torch.tensor([0, 1])
+    with pytest.raises(UnsupportedSettingError, match=r"SwinForImageClassification makes \(.*\) of \(.*\)"):
         assemble(model, BlockLocalConfig(num_blocks=2, head_bypass="straight_through"), batch)
 
 

@@ -122,7 +122,14 @@ class Twins:
         self._ways = [shortcut.through(twin.model) for twin in twins]
 
     def logits(
-        self, block: int, hidden: Tensor, inputs: Mapping[str, Any], trail: Trail, tokens_C: Tensor | None = None
+        self,
+        block: int,
+        hidden: Tensor,
+        inputs: Mapping[str, Any],
+        trail: Trail,
+        tokens_C: Tensor | None = None,
+        *,
+        shortened: bool = False,
     ) -> Tensor:
         """Run a block's twin from the end of the block on; see `Shortcut.logits`."""
         twin, device = self._twins[block].model, self._devices[block]
@@ -131,7 +138,7 @@ class Twins:
         sent_here = {name: sent(value, device) for name, value in inputs.items() if isinstance(value, Tensor)}
         here = {**inputs, **sent_here}
         with Shadows(pairs_of(here, inputs)):
-            return self._ways[block].logits(block, hidden, here, trail, tokens_C)
+            return self._ways[block].logits(block, hidden, here, trail, tokens_C, shortened=shortened)
 
     def lent(self, block: int, *, head_only: bool = False) -> AbstractContextManager[None]:
         """Leave the running statistics of a twin alone, and with `head_only` the block's own parameters in it."""
