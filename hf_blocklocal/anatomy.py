@@ -19,6 +19,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils.output_capturing import _active_collector
 
 from hf_blocklocal.errors import LayersNotFoundError, SharedLayersError, UnsupportedSettingError
+from hf_blocklocal.lending import replaced_forward
 
 
 @dataclass(frozen=True)
@@ -311,13 +312,10 @@ def hooks_outside_checkpoint(layer: nn.Module) -> Iterator[None]:
     if not (whole_calls and layer.gradient_checkpointing and layer.training):
         yield
         return
-    own = vars(layer).get("forward")
-    layer.gradient_checkpointing, layer.forward = False, _CheckpointedForward(layer).__call__
+    checkpointed = _CheckpointedForward(layer)
+    layer.gradient_checkpointing = False
     try:
-        yield
+        with replaced_forward(layer, checkpointed.__call__):
+            yield
     finally:
         layer.gradient_checkpointing = True
-        if own is None:
-            del layer.forward
-        else:
-            layer.forward = own

@@ -58,7 +58,7 @@ def settled(config: BlockLocalConfig, *, single_stack: bool, lends: bool = True)
     Args:
         config: What was asked for.
         single_stack: Whether the model has one stack of layers.
-        lends: Whether its layers can be borrowed: those of one stack, or of an encoder and a decoder.
+        lends: Whether its layers can be borrowed; see `building.can_lend`.
 
     Raises:
         ConfigError: If heads are to be of two kinds.

@@ -98,3 +98,11 @@ def tokenizer():
     made = Tokenizer(models.WordLevel(words, unk_token="[UNK]"))
     made.pre_tokenizer = pre_tokenizers.Whitespace()
     return PreTrainedTokenizerFast(tokenizer_object=made, pad_token="[PAD]", unk_token="[UNK]")
+
+
+def finished_run(folder):
+    """Return the trainer of a small run that is finished and saved, and its folder."""
+    trainer = trainer_in(folder, tokenizer=tokenizer())
+    trainer.train()
+    trainer.save_model()
+    return trainer, folder

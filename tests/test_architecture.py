@@ -15,7 +15,7 @@ import hf_blocklocal
 PACKAGE = Path(__file__).parents[1] / "hf_blocklocal"
 FLOORS = [
     ["errors"],
-    ["combinations", "crossing", "fitting", "generation", "values"],
+    ["combinations", "crossing", "fitting", "generation", "lending", "values"],
     [
         "anatomy",
         "anchor",
@@ -26,7 +26,6 @@ FLOORS = [
         "extras",
         "history",
         "groups",
-        "lending",
         "memory",
         "metrics",
         "operations",

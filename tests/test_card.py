@@ -15,10 +15,10 @@ from carding import (
     METRICS,
     PLACEHOLDER,
     accuracy,
+    finished_run,
     lines_of,
     metadata,
     section,
-    tokenizer,
     trainer_in,
 )
 from test_parity import arguments, examples
@@ -43,11 +43,7 @@ from hf_blocklocal.losses import LOSSES
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     """A small run that is finished and saved, and its trainer."""
-    folder = tmp_path_factory.mktemp("tiny-reviews")
-    trainer = trainer_in(folder, tokenizer=tokenizer())
-    trainer.train()
-    trainer.save_model()
-    return trainer, folder
+    return finished_run(tmp_path_factory.mktemp("tiny-reviews"))
 
 
 # ---- What it says ----

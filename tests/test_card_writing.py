@@ -12,8 +12,8 @@ from carding import (
     BERT,
     FACTS,
     PLACEHOLDER,
+    finished_run,
     metadata,
-    tokenizer,
     trainer_in,
 )
 from peft import LoraConfig, get_peft_model
@@ -39,11 +39,7 @@ from hf_blocklocal.errors import CardError
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     """A small run that is finished and saved, and its trainer."""
-    folder = tmp_path_factory.mktemp("tiny-reviews")
-    trainer = trainer_in(folder, tokenizer=tokenizer())
-    trainer.train()
-    trainer.save_model()
-    return trainer, folder
+    return finished_run(tmp_path_factory.mktemp("tiny-reviews"))
 
 
 # ---- Templates ----

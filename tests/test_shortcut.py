@@ -83,8 +83,12 @@ def test_so_it_is_wherever_an_encoder_decoder_is_cut(name, boundaries):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_borrowed_layers_learn_nothing(name):
-    model, batch = SPECIMENS[name].build(), SPECIMENS[name].batch(0)
-    assembly = assemble(model, BlockLocalConfig(num_blocks=4, head_layers=1), batch)
+    assert_blocks_teach_themselves(SPECIMENS[name], BlockLocalConfig(num_blocks=4, head_layers=1))
+
+
+def assert_blocks_teach_themselves(specimen, config):
+    model, batch = specimen.build(), specimen.batch(0)
+    assembly = assemble(model, config, batch)
     model.train()
     trainable = [p.requires_grad for p in model.parameters()]
     learned = []

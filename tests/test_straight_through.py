@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from test_parity import examples
-from test_shortcut import TWO_STACKS, gradients_of
+from test_shortcut import TWO_STACKS, assert_blocks_teach_themselves, gradients_of
 from training import make
 from transformers import SwinConfig, SwinForImageClassification
 from zoo import SPECIMENS
@@ -76,22 +76,7 @@ def test_gradients_pass_the_other_layers_unchanged(name):
 
 @pytest.mark.parametrize("name", ["bert", *TWO_STACKS])
 def test_layers_that_are_passed_learn_nothing(name):
-    model, batch = SPECIMENS[name].build(), SPECIMENS[name].batch(0)
-    assembly = assemble(model, straight_through(num_blocks=4), batch)
-    model.train()
-    learned = []
-
-    def note(block, report):
-        learned.append({key for key, p in model.named_parameters() if p.grad is not None})
-        model.zero_grad()
-
-    with assembly.step.teach(
-        assembly.read_targets(batch), scale=1.0, inputs=batch, backward=torch.Tensor.backward, learned=note
-    ):
-        model(**batch)
-    for block, names in enumerate(learned):
-        assert {assembly.cut.block_of_path(key) for key in names} <= {block, None}
-        assert any(assembly.cut.block_of_path(key) == block for key in names)
+    assert_blocks_teach_themselves(SPECIMENS[name], straight_through(num_blocks=4))
 
 
 @pytest.mark.parametrize("name", ["bert", "llama"])

@@ -6,7 +6,7 @@ A store that cannot be reached any more says so late or never. So it is asked in
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from datetime import timedelta
 from typing import NoReturn
 
@@ -59,10 +59,3 @@ class Board:
     def _check_error(self, error: BaseException) -> None:
         if isinstance(error, dist.DistError):
             self._lost(str(error).splitlines()[0][:200])
-
-
-def said_by_all(store: dist.Store, rank: int, world: int, what: str, said: str) -> Sequence[str]:
-    """Put up what this process has to say, and return what all have said, by rank."""
-    store.set(f"{what}/{rank}", said)
-    store.wait([f"{what}/{other}" for other in range(world)], _PATIENCE)
-    return [store.get(f"{what}/{other}").decode() for other in range(world)]

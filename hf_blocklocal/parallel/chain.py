@@ -22,9 +22,8 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
 from hf_blocklocal.errors import BlockLocalError, BlockPeerError, UnsupportedSettingError
-from hf_blocklocal.parallel.board import said_by_all
 from hf_blocklocal.parallel.clocks import ahead_by, ask_time, tell_time
-from hf_blocklocal.parallel.machines import check_reachable, machine_here, names_of
+from hf_blocklocal.parallel.machines import check_reachable, machines_of_all, names_of
 from hf_blocklocal.parallel.meetings import Meetings
 from hf_blocklocal.parallel.peers import Peers
 from hf_blocklocal.parallel.stream import Inbox, Link, Outbox
@@ -261,11 +260,11 @@ def form_chains(num_blocks: int, device: torch.device, *, peer_timeout: float) -
             f"process(es), which is not a multiple of {num_blocks}. Start with accelerate launch {fitting}, or use "
             "block_parallel_size=1."
         )
-    check_reachable()
     rank = dist.get_rank()
-    mesh = init_device_mesh(device.type, (world // num_blocks, num_blocks), mesh_dim_names=("replica", "block"))
     store = dist.PrefixStore(f"hf_blocklocal/{next(_NUMBERS)}", dist.distributed_c10d._get_default_store().clone())
-    names = names_of(said_by_all(store, rank, world, "machine", machine_here()), num_blocks)
+    names = names_of(machines_of_all(store), num_blocks)
+    check_reachable()
+    mesh = init_device_mesh(device.type, (world // num_blocks, num_blocks), mesh_dim_names=("replica", "block"))
     peers = Peers(store, rank=rank, names=names, timeout=peer_timeout)
     chain = Chain(
         block=rank % num_blocks,

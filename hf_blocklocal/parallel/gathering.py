@@ -32,7 +32,7 @@ class Gathered(Mapping[str, Tensor]):
     chain: Chain
     forms: dict[str, TensorForm] = field(default_factory=dict)
     said: list[Any] = field(default_factory=list)
-    _here: Mapping[str, Tensor] = field(default_factory=dict, repr=False)
+    _here: dict[str, tuple[int, Tensor]] = field(default_factory=dict, repr=False)
     _places: dict[str, tuple[int, int]] = field(default_factory=dict, repr=False)
 
     def __len__(self) -> int:
@@ -43,8 +43,8 @@ class Gathered(Mapping[str, Tensor]):
 
     def __getitem__(self, name: str) -> Tensor:
         if name in self._here:
-            place = list(self._here).index(name)
-            return self.chain.together(_brought, self.chain, list(self._here.values()), place)
+            place, tensor = self._here[name]
+            return self.chain.together(_brought, self.chain, tensor, place)
         rank, place = self._places[name]
         return self.chain.together(self._ask_for, rank, place, self.forms[name])
 
@@ -91,7 +91,7 @@ def gathered_at(chain: Chain, block: int, tensors: Mapping[str, Tensor], facts: 
         yield gathered
         return
     gathered.said.append(facts)
-    gathered._here = tensors
+    gathered._here = {name: (place, tensor) for place, (name, tensor) in enumerate(tensors.items())}
     gathered.forms |= {name: TensorForm.of(tensor) for name, tensor in tensors.items()}
     for rank in others:
         chain.together(_be_told, gathered, rank)
@@ -114,7 +114,7 @@ def _answer(chain: Chain, asking: int, tensors: Mapping[str, Tensor], facts: Any
         dist.recv(place, asking, group=group)
         if place.item() == _ENOUGH:
             break
-        dist.send(_brought(chain, here, place.item()), asking, group=group)
+        dist.send(_brought(chain, here[place.item()], place.item()), asking, group=group)
     if _is_spread(here):
         _lead(chain, _ENOUGH)
 
@@ -123,9 +123,9 @@ def _is_spread(tensors: Iterable[Tensor]) -> bool:
     return any(isinstance(tensor, DTensor) for tensor in tensors)
 
 
-def _brought(chain: Chain, tensors: Sequence[Tensor], place: int) -> Tensor:
-    """Return one of the tensors that this process holds, on the CPU, whole."""
-    tensor = tensors[place].detach()
+def _brought(chain: Chain, tensor: Tensor, place: int) -> Tensor:
+    """Return the tensor of this process that has a place among its tensors, on the CPU, whole."""
+    tensor = tensor.detach()
     if isinstance(tensor, DTensor):
         _lead(chain, place)
         tensor = tensor.full_tensor()

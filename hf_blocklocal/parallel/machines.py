@@ -1,4 +1,4 @@
-"""On which machine a process is, what it is called in messages, and whether it can be reached from the others."""
+"""How processes that may be on several machines find each other: who has come, under what name, and within reach."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ import torch.distributed as dist
 from hf_blocklocal.errors import BlockPeerError
 
 
+# As long as torch waits for anything; a process may have data to prepare before it comes.
+_ARRIVAL = timedelta(minutes=30)
 _GREETING = timedelta(minutes=5)
 
 
@@ -20,6 +22,26 @@ def machine_here() -> str:
     number = os.environ.get("GROUP_RANK")  # of torchrun, and so of accelerate launch
     name = socket.gethostname()
     return name if number is None else f"machine {number}, {name}"
+
+
+def machines_of_all(store: dist.Store) -> list[str]:
+    """Wait until all processes have come, and return the machine of each, by rank. All must call it.
+
+    Raises:
+        BlockPeerError: If some do not come.
+    """
+    rank, keys = dist.get_rank(), [f"machine/{rank}" for rank in range(dist.get_world_size())]
+    store.set(keys[rank], machine_here())
+    try:
+        store.wait(keys, _ARRIVAL)
+    except dist.DistError as error:
+        missing = [str(rank) for rank, key in enumerate(keys) if not store.check([key])]
+        raise BlockPeerError(
+            f"Rank {', '.join(missing)} of {len(keys)} has not made its trainer within {_ARRIVAL.seconds // 60} "
+            f"minutes after rank {rank} on {machine_here()}. Look at what it has printed; data that take long to "
+            "prepare are best prepared before the launch."
+        ) from error
+    return [store.get(key).decode() for key in keys]
 
 
 def names_of(machines: Sequence[str], num_blocks: int) -> list[str]:

@@ -177,6 +177,12 @@ def print_table(header: Sequence[str], rows: Sequence[Sequence[str]], *, left: i
         print("  ".join(cells).rstrip())
 
 
+def report_path(name: str, device: str, options: argparse.Namespace) -> Path:
+    """Return the file that the results of a script go to."""
+    kind = "gpu" if device == "cuda" else "cpu"
+    return options.output or HERE / "results" / f"{name}-{kind}.json"
+
+
 def write_report(name: str, device: str, options: argparse.Namespace, results: Mapping[str, Any]) -> Path:
     """Write results with all that is needed to repeat them. Returns the file.
 
@@ -186,8 +192,7 @@ def write_report(name: str, device: str, options: argparse.Namespace, results: M
         options: The parsed command line.
         results: What was measured.
     """
-    kind = "gpu" if device == "cuda" else "cpu"
-    path = options.output or HERE / "results" / f"{name}-{kind}.json"
+    path = report_path(name, device, options)
     report = {
         "benchmark": name,
         "command": " ".join(["python", f"scripts/benchmarks/{name}.py", *options.words]),

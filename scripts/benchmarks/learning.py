@@ -25,7 +25,7 @@ from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
-from common import HERE, parse, prepare, write_report
+from common import HERE, parse, prepare, report_path, write_report
 from learning_cases import Case, estimate, is_complete, list_cases, missing_runs
 from learning_report import draw, markdown
 from learning_rows import ROWS, Row
@@ -35,7 +35,6 @@ from learning_tasks import SIZES, Task
 
 
 FOLDER = HERE.parents[1] / "runs" / "learning"
-RESULTS = {"cpu": HERE / "results" / "learning-cpu.json", "cuda": HERE / "results" / "learning-gpu.json"}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -62,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         context = multiprocessing.get_context("spawn")
         with ProcessPoolExecutor(options.jobs, context, start_worker, (options.threads,)) as pool:
             run_all(cases, store, pool, seeds=options.seeds, jobs=options.jobs, again=options.again)
-    whole = options.output or RESULTS[device]
+    whole = report_path("learning", device, options)
     if options.output is None and not options.update and (options.tasks or options.rows or options.blocks):
         options.output = store.folder / "selection.json"  # the committed file is of the whole
     report = summarize(cases, store, seeds=options.seeds, skipped=skipped)
