@@ -1,13 +1,16 @@
-"""Bring tensors from one device to another without making the host, or a device that is ahead, wait.
+"""Bring tensors from one device, or process, to another without making the host, or a device that is ahead, wait.
 
 What CUDA does decides the form. A copy from pageable memory makes the host wait for the device, one from pinned memory
 does not. A copy between two devices makes the queue of each wait for the other's: that is no loss between a device and
 the next, and a standstill from the first to the last. Weights that come down from a later device therefore wait in a
-queue of their own. On other accelerators, and on the CPU, tensors are copied as torch does it.
+queue of their own, and threads that send and receive have such queues too. On other accelerators, and on the CPU,
+tensors are copied as torch does it.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -68,3 +71,47 @@ def set_out(tensor: Tensor, device: torch.device) -> Underway:
     queue = _second_queues[device]
     with torch.cuda.stream(queue):
         return Underway(tensor.to(device, non_blocking=True, copy=True), queue.record_event())
+
+
+@contextmanager
+def working_apart(device: torch.device) -> Iterator[None]:
+    """Give this thread a queue of its own on its GPU inside the `with`, beside that of the computation."""
+    if device.type != "cuda":
+        yield
+        return
+    torch.cuda.set_device(device)
+    with torch.cuda.stream(torch.cuda.Stream(device)):
+        yield
+
+
+def ready(device: torch.device) -> torch.cuda.Event | None:
+    """Return what other threads can wait for until the GPU has done all that this one has handed in so far.
+
+    Who waits leaves the processor to others. Elsewhere than on a GPU everything is done at once: None.
+    """
+    if device.type != "cuda":
+        return None
+    return torch.cuda.current_stream(device).record_event(torch.cuda.Event(blocking=True))
+
+
+def settle(device: torch.device) -> None:
+    """Wait until a GPU has done all that this thread has handed in; the host's other threads go on."""
+    if (done := ready(device)) is not None:
+        done.synchronize()
+
+
+def into_main_memory(tensor: Tensor) -> Tensor:
+    """Return a tensor in the main memory, waiting for no more of a GPU's work than is in this thread's queue."""
+    if tensor.device.type != "cuda":
+        return tensor.cpu()
+    copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    copy.copy_(tensor, non_blocking=True)
+    settle(tensor.device)
+    return copy
+
+
+def claim(tensors: Iterable[Tensor]) -> None:
+    """Keep the memory of tensors, which another thread has made, until this thread's queue has done with them."""
+    for tensor in tensors:
+        if tensor.device.type == "cuda":
+            tensor.record_stream(torch.cuda.current_stream(tensor.device))

@@ -21,6 +21,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
+from hf_blocklocal.crossing import settle
 from hf_blocklocal.errors import BlockLocalError, BlockPeerError, UnsupportedSettingError
 from hf_blocklocal.parallel.clocks import ahead_by, ask_time, tell_time
 from hf_blocklocal.parallel.machines import check_reachable, machines_of_all, names_of
@@ -132,10 +133,14 @@ class Chain:
                     payload = dist.new_group([first + sender, first + receiver], timeout=_PATIENCE)
                 if first == self.first_rank and self.block == sender:
                     rank = first + receiver
-                    outboxes[receiver] = Outbox(Link(rank, headers, payload, self.device), partial(self._watch, rank))
+                    link = Link(rank, headers, payload, self.device)
+                    outboxes[receiver] = Outbox(link, partial(self._watch, rank))
+                    self.together(link.greet)
                 elif first == self.first_rank and self.block == receiver:
                     rank = first + sender
-                    inboxes[sender] = Inbox(Link(rank, headers, payload, self.device), partial(self._watch, rank))
+                    link = Link(rank, headers, payload, self.device)
+                    inboxes[sender] = Inbox(link, partial(self._watch, rank))
+                    self.together(link.be_greeted)
         self._outboxes += outboxes.values()
         self._inboxes += inboxes.values()
         return outboxes, inboxes
@@ -279,11 +284,19 @@ def form_chains(num_blocks: int, device: torch.device, *, peer_timeout: float) -
         peers=peers,
         device=device,
     )
+    chain.together(_connect, [chain.replicas, chain.blocks], device)
     outboxes, inboxes = chain.connect([(block, block + 1) for block in range(num_blocks - 1)])
     chain.outbox = next(iter(outboxes.values()), None)
     chain.inbox = next(iter(inboxes.values()), None)
     atexit.register(chain.leave)
     return chain
+
+
+def _connect(groups: Sequence[dist.ProcessGroup], device: torch.device) -> None:
+    """Add up a first number in groups, so that none of them has to connect while a GPU waits; see `Link.greet`."""
+    for group in groups:
+        dist.all_reduce(torch.zeros(1, device=device), group=group)
+    settle(device)
 
 
 def _own_group(members: Sequence[range]) -> dist.ProcessGroup:

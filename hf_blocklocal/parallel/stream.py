@@ -2,7 +2,9 @@
 
 Messages go one way and keep their order, so there is nothing to wait for in a circle. A thread sends what is waiting
 in a short queue, another one receives ahead of time into a second; the process that computes only ever waits for a
-message that has not come yet, or for a queue that is full.
+message that has not come yet, or for a queue that is full. On a GPU the threads have streams of their own. In that of
+the computation what is sent would stand behind all work that the host has handed in since, and what is received ahead
+of time would hold up the work before it: blocks would take turns.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from hf_blocklocal.crossing import claim, into_main_memory, ready, settle, working_apart
 from hf_blocklocal.errors import OutOfStepError
 from hf_blocklocal.parallel.wire import TensorForm, decoded, encoded, put_together, take_apart
 
@@ -57,6 +60,25 @@ class Link:
         """Where tensors must be while they travel: gloo carries those on the CPU alone."""
         return torch.device("cpu") if dist.get_backend(self.payload) == "gloo" else self.device
 
+    @property
+    def is_staged(self) -> bool:
+        """Whether tensors of a GPU travel by way of the main memory."""
+        return self.device.type == "cuda" and self.staging.type == "cpu"
+
+    def greet(self) -> None:
+        """Send a first number: NCCL connects two GPUs when they first need it, which must not be while they compute.
+
+        Connecting waits for all that a GPU is at. If that were a message to come, of a process that is about to
+        connect itself, both would wait for ever.
+        """
+        dist.send(torch.zeros(1, device=self.staging), self.peer, group=self.payload)
+        settle(self.device)
+
+    def be_greeted(self) -> None:
+        """Receive what the other side sends in `greet`."""
+        dist.recv(torch.empty(1, device=self.staging), self.peer, group=self.payload)
+        settle(self.device)
+
 
 @dataclass(frozen=True)
 class Message:
@@ -69,6 +91,15 @@ class Message:
 
     facts: Mapping[str, Any]
     value: Any
+
+
+@dataclass(frozen=True)
+class _Parcel:
+    """What waits to be sent: its header, its tensors, and when a GPU has computed them."""
+
+    header: Tensor
+    tensors: list[Tensor]
+    ready: torch.cuda.Event | None = None
 
 
 class _Worker:
@@ -97,9 +128,8 @@ class _Worker:
 
     def _work(self) -> None:
         try:
-            if self.link.device.type == "cuda":
-                torch.cuda.set_device(self.link.device)
-            self._run()
+            with working_apart(self.link.device):
+                self._run()
         except BaseException as error:  # noqa: BLE001 - whatever it is, the process that computes must hear of it
             self.error = error
 
@@ -140,14 +170,14 @@ class Outbox(_Worker):
         description, tensors = take_apart(value)
         forms = [TensorForm.of(tensor) for tensor in tensors]
         header = {"facts": dict(facts), "value": description, "forms": [[form.dtype, form.shape] for form in forms]}
-        self._put((encoded(header, HEADER_BYTES), tensors))
+        self._put(_Parcel(encoded(header, HEADER_BYTES), tensors, ready(self.link.device)))
 
     def close(self) -> None:
         """Tell the other side that nothing more will come for now, and wait until everything has been taken."""
-        self._put((encoded({}, HEADER_BYTES), []))
+        self._put(_Parcel(encoded({}, HEADER_BYTES), []))
         self._join()
 
-    def _put(self, item: tuple[Tensor, list[Tensor]]) -> None:
+    def _put(self, item: _Parcel) -> None:
         self._check_open()
         with self._waiting():
             while True:
@@ -159,13 +189,25 @@ class Outbox(_Worker):
                     self._watch(None)
 
     def _run(self) -> None:
-        while True:
-            header, tensors = self._queue.get()
-            dist.send(header, self.link.peer, group=self.link.headers)
-            for tensor in tensors:
-                self._transmit(tensor.contiguous().to(self.link.staging))
-            if not decoded(header):
-                return
+        while self._deliver(self._queue.get()):
+            pass
+
+    def _deliver(self, parcel: _Parcel) -> bool:
+        """Send a parcel and keep it until it has left; tell whether others follow.
+
+        Nothing is said of it before it is there: what NCCL has begun to receive keeps a part of the GPU busy.
+        """
+        if parcel.ready is not None:
+            parcel.ready.synchronize()
+        dist.send(parcel.header, self.link.peer, group=self.link.headers)
+        for tensor in parcel.tensors:
+            self._transmit(self._staged(tensor.contiguous()))
+        settle(self.link.device)
+        return bool(decoded(parcel.header))
+
+    def _staged(self, tensor: Tensor) -> Tensor:
+        staging = self.link.staging
+        return into_main_memory(tensor) if staging.type == "cpu" else tensor.to(staging)
 
     def _transmit(self, tensor: Tensor) -> None:
         """Send one tensor, in the thread."""
@@ -191,7 +233,9 @@ class Inbox(_Worker):
         with self._waiting():
             while True:
                 try:
-                    return self._queue.get(timeout=_POLL)
+                    message, tensors = self._queue.get(timeout=_POLL)
+                    claim(tensors)
+                    return message
                 except queue.Empty:
                     self._watch(self.error)
                     if not self._thread.is_alive() and self._queue.empty():
@@ -204,17 +248,22 @@ class Inbox(_Worker):
             said = decoded(header)
             if not said:
                 return
-            tensors = []
-            for dtype, shape in said["forms"]:
-                tensor = TensorForm(dtype, tuple(shape)).empty(self.link.staging)
-                dist.recv(tensor, self.link.peer, group=self.link.payload)
-                tensors.append(tensor.to(self.link.device))
-            self._keep(Message(said["facts"], put_together(said["value"], tensors)))
+            self._keep(*self._received(said))
 
-    def _keep(self, message: Message) -> None:
+    def _received(self, said: Mapping[str, Any]) -> tuple[Message, list[Tensor]]:
+        """Return a message and the tensors in it once all of it has come, so that no GPU ever waits for one."""
+        tensors = []
+        for dtype, shape in said["forms"]:
+            tensor = TensorForm(dtype, tuple(shape)).empty(self.link.staging, pinned=self.link.is_staged)
+            dist.recv(tensor, self.link.peer, group=self.link.payload)
+            tensors.append(tensor.to(self.link.device, non_blocking=True))
+        settle(self.link.device)
+        return Message(said["facts"], put_together(said["value"], tensors)), tensors
+
+    def _keep(self, message: Message, tensors: list[Tensor]) -> None:
         while not self._closing.is_set():
             with suppress(queue.Full):
-                self._queue.put(message, timeout=_POLL)
+                self._queue.put((message, tensors), timeout=_POLL)
                 return
         self._missed = True
 

@@ -37,9 +37,9 @@ class TensorForm:
         """Return the form of a single number of the same kind."""
         return TensorForm(self.dtype, (1,))
 
-    def empty(self, device: torch.device) -> Tensor:
-        """Return a tensor of this form to receive into."""
-        return torch.empty(self.shape, dtype=getattr(torch, self.dtype), device=device)
+    def empty(self, device: torch.device, *, pinned: bool = False) -> Tensor:
+        """Return a tensor of this form to receive into, in pinned memory if a GPU is to fetch it from there."""
+        return torch.empty(self.shape, dtype=getattr(torch, self.dtype), device=device, pin_memory=pinned)
 
 
 def take_apart(value: Any) -> tuple[Any, list[Tensor]]:

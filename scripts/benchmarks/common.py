@@ -82,7 +82,7 @@ def chosen_size(options: argparse.Namespace, default: Size) -> Size:
     return replace(default, **{name: value for name, value in given.items() if value is not None})
 
 
-def build_model(kind: str, size: Size) -> Any:
+def build_model(kind: str, size: Size, device: str = "cpu") -> Any:
     """Build a BERT-like classifier (`"encoder"`) or a Llama-like language model (`"decoder"`), always the same."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
@@ -97,11 +97,13 @@ def build_model(kind: str, size: Size) -> Any:
     torch.manual_seed(0)
     if kind == "encoder":
         config = AutoConfig.for_model("bert", **shared, intermediate_size=4 * size.width, num_labels=CLASSES)
-        return AutoModelForSequenceClassification.from_config(config)
+        with torch.device(device):
+            return AutoModelForSequenceClassification.from_config(config)
     # Three matrices in place of two: 8/3 of the width makes as many weights.
     inner = 8 * size.width // 3 // 64 * 64
     config = AutoConfig.for_model("llama", **shared, intermediate_size=inner, num_key_value_heads=size.width // 64)
-    return AutoModelForCausalLM.from_config(config)
+    with torch.device(device):
+        return AutoModelForCausalLM.from_config(config)
 
 
 def draw_tokens(vocabulary: int, shape: tuple[int, ...], generator: Any) -> Any:
@@ -246,7 +248,12 @@ def _plain(value: Any) -> Any:
 
 
 def _commit() -> str:
-    """Return the commit that is checked out, marked if tracked files differ from it."""
+    """Return the commit that is checked out, marked if tracked files differ from it.
+
+    Where only the files of a checkout are at hand, the environment says which one it is, in COMMIT.
+    """
+    if "COMMIT" in os.environ:
+        return os.environ["COMMIT"]
 
     def git(*words: str) -> str:
         return subprocess.run(["git", *words], cwd=HERE, capture_output=True, text=True, check=True).stdout.strip()

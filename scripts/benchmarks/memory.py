@@ -104,7 +104,7 @@ def measure(
     micro_batches = 1 if block_local and block_local.get("step_per_block") else 2
     with tempfile.TemporaryDirectory() as folder:
         trainer = build_trainer(
-            build_model(kind, size),
+            build_model(kind, size, device),
             build_examples(kind, size, size.batch * micro_batches * 2),
             folder,
             device=device,

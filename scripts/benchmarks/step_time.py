@@ -4,8 +4,8 @@ Builds one real trainer per method and lets them train a few steps each in rotat
 down slows all of them. A step is all that lies between the ends of two optimizer steps: fetching the batch, forward
 and backward passes, feedback, clipping, the optimizer. Every round gives one ratio per method, its median step against
 the median step of the plain `Trainer` in the same round; a first round is not counted. The target is a median ratio
-of at most 1.10 at K = 3, which was set for heads of their own; those that borrow layers, the default, run more. On a
-CPU the same is told in processor time, which other processes disturb less.
+of at most 1.10 at K = 3, which was set for heads of their own. Those that borrow layers, the default, run more, the
+more blocks there are. On a CPU the same is told in processor time, which other processes disturb less.
 
     OMP_NUM_THREADS=1 python scripts/benchmarks/step_time.py --device cpu
     python scripts/benchmarks/step_time.py --device cuda
@@ -46,7 +46,7 @@ CLOCKS = {"wall": time.perf_counter, "processor": time.process_time}
 def main(argv: Sequence[str] | None = None) -> None:
     """Time every method on every model, print a table, write it as JSON."""
     arguments = parser("Time of a training step.", **SIZES)
-    arguments.add_argument("--blocks", type=int, default=3, help="Number of blocks K.")
+    arguments.add_argument("--blocks", type=int, nargs="+", default=[3, 4], help="Numbers of blocks K.")
     arguments.add_argument("--rounds", type=int, default=7, help="Times that every method has its turn.")
     arguments.add_argument("--steps", type=int, help="Steps timed in a turn. Default: 2 on cpu, 20 on cuda.")
     options = parse(arguments, argv)
@@ -66,15 +66,20 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(f"\nWritten to {write_report('step_time', device, options, {'size': size, 'results': results})}")
 
 
-def methods(blocks: int) -> dict[str, dict[str, Any]]:
+def methods(blocks: Sequence[int]) -> dict[str, dict[str, Any]]:
     """Return the settings of every method, by name; backpropagation first."""
+    heads = {
+        "": {},
+        ", heads of their own": {"head_layers": 0},
+        ", heads of their own, step_per_block": {"head_layers": 0, "step_per_block": True},
+    }
     return {
         PLAIN: {"block_local": None},
         "gradient checkpointing": {"block_local": None, "checkpointing": True},
-        f"K={blocks}": {"block_local": {"num_blocks": blocks}},
-        f"K={blocks}, heads of their own": {"block_local": {"num_blocks": blocks, "head_layers": 0}},
-        f"K={blocks}, heads of their own, step_per_block": {
-            "block_local": {"num_blocks": blocks, "head_layers": 0, "step_per_block": True}
+        **{
+            f"K={count}{name}": {"block_local": {"num_blocks": count, **fields}}
+            for count in blocks
+            for name, fields in heads.items()
         },
     }
 
@@ -85,7 +90,7 @@ def turn(
     """Return a function that trains for a turn and returns the seconds of its steps by clock, without the warm-up."""
     all_steps = WARM_UP[device] + steps
     trainer = build_trainer(
-        build_model(kind, size),
+        build_model(kind, size, device),
         build_examples(kind, size, size.batch * all_steps),
         str(folder),
         device=device,

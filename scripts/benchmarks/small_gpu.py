@@ -1,0 +1,176 @@
+"""Find out how large a batch fits into a small GPU: block-local learning, backpropagation, checkpointing, LoRA.
+
+Takes a large GPU and allows torch a part of its memory, 16 GiB by default. Every method trains the same Llama-like
+model in bfloat16 autocast, with AdamW. Its batch is doubled until memory runs out, and what lies between is halved a
+few times: what is told is the largest batch that has been trained, to an eighth, and the tokens per second there.
+
+    python scripts/benchmarks/small_gpu.py
+    python scripts/benchmarks/small_gpu.py --memory 24 --layers 32 --width 1536
+"""
+
+from __future__ import annotations
+
+import gc
+import tempfile
+import time
+from collections.abc import Sequence
+from statistics import median
+from typing import Any
+
+from common import (
+    Size,
+    build_examples,
+    build_model,
+    build_trainer,
+    chosen_size,
+    parse,
+    parser,
+    prepare,
+    print_table,
+    write_report,
+)
+
+
+SIZE = Size(layers=24, width=1024, vocabulary=32_000, batch=1, sequence=512)
+# Steps of a trial; the first makes the state of the optimizer, and is not timed.
+STEPS = 4
+CHUNK = 1024
+PLAIN = "backpropagation"
+LORA = {"r": 16, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Look for the largest batch of every method, print a table, write it as JSON."""
+    arguments = parser("Largest batch on a small GPU.", cuda=SIZE)
+    arguments.add_argument("--memory", type=float, default=16, help="GiB of the GPU that may be used.")
+    arguments.add_argument("--blocks", type=int, nargs="+", default=[2, 4], help="Numbers of blocks K.")
+    options = parse(arguments, argv)
+    size = chosen_size(options, SIZE)
+    if prepare(options) != "cuda":
+        raise SystemExit("scripts/benchmarks/small_gpu.py measures the memory of a GPU, and there is none here.")
+    import torch
+
+    torch.cuda.set_per_process_memory_fraction(options.memory * 2**30 / torch.cuda.mem_get_info()[1])
+    results = []
+    for method, settings in methods(options.blocks).items():
+        results.append({"method": method, **largest(size, settings)})
+        print(f"{method}: {results[-1]['batch']}", flush=True)
+    show(results)
+    report = {"size": size, "memory_gib": options.memory, "results": results}
+    print(f"\nWritten to {write_report('small_gpu', 'cuda', options, report)}")
+
+
+def methods(blocks: Sequence[int]) -> dict[str, dict[str, Any]]:
+    """Return the settings of every method, by name; backpropagation first."""
+    local: dict[str, dict[str, Any]] = {}
+    for count in blocks:
+        local[f"K={count}"] = {"num_blocks": count}
+        local[f"K={count}, heads of their own"] = {"num_blocks": count, "head_layers": 0}
+    last = blocks[-1]
+    local[f"K={last}, heads of their own, step_per_block, chunked_loss"] = {
+        "num_blocks": last,
+        "head_layers": 0,
+        "step_per_block": True,
+        "chunked_loss": CHUNK,
+    }
+    every = {
+        PLAIN: {"block_local": None},
+        "gradient checkpointing": {"block_local": None, "checkpointing": True},
+        "LoRA": {"block_local": None, "lora": True},
+        **{name: {"block_local": fields} for name, fields in local.items()},
+    }
+    every[f"K={last}, heads of their own, gradient checkpointing"] = {
+        "block_local": {"num_blocks": last, "head_layers": 0},
+        "checkpointing": True,
+    }
+    return every
+
+
+def largest(size: Size, settings: dict[str, Any]) -> dict[str, Any]:
+    """Return the largest batch that fits, and the tokens per second there."""
+    rates: dict[int, float] = {}
+    fits, fails = 0, None
+    while fails is None or fails - fits > max(1, fits // 8):
+        batch = 2 * fits or 1 if fails is None else (fits + fails) // 2
+        seconds = trial(size, batch, settings)
+        release()
+        if seconds is None:
+            fails = batch
+        else:
+            fits, rates[batch] = batch, batch * size.sequence / seconds
+        if fails == 1:
+            break
+    return {"batch": fits, "tokens_per_second": rates.get(fits), "tokens_per_second_by_batch": rates}
+
+
+def trial(size: Size, batch: int, settings: dict[str, Any]) -> float | None:
+    """Train a few steps on a batch; return the median seconds of a step, None if memory ran out."""
+    import torch
+
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            return timed_steps(size, batch, folder, **settings)
+    except torch.OutOfMemoryError:
+        return None
+
+
+def release() -> None:
+    """Give back the memory of a trial: a trainer is full of cycles, and the next one needs its place."""
+    import torch
+
+    gc.collect()
+    torch.cuda.empty_cache()
+
+
+def timed_steps(size: Size, batch: int, folder: str, *, lora: bool = False, **settings: Any) -> float:
+    """Train a few steps, and return the median seconds of those after the first."""
+    import torch
+    from transformers import TrainerCallback
+
+    model = build_model("decoder", size, "cuda")
+    if lora:
+        from peft import LoraConfig, get_peft_model
+
+        model = get_peft_model(model, LoraConfig(**LORA))
+    trainer = build_trainer(
+        model,
+        build_examples("decoder", size, batch) * STEPS,
+        folder,
+        device="cuda",
+        max_steps=STEPS,
+        per_device_train_batch_size=batch,
+        **settings,
+    )
+    ends: list[float] = []
+
+    class Stamp(TrainerCallback):
+        def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+            torch.cuda.synchronize()
+            ends.append(time.perf_counter())
+
+    trainer.add_callback(Stamp())
+    trainer.train()
+    return median(stop - start for start, stop in zip(ends, ends[1:], strict=False))
+
+
+def show(results: Sequence[dict[str, Any]]) -> None:
+    """Print the results, and how they compare with backpropagation."""
+    plain = results[0]
+    rows = []
+    for each in results:
+        rate = each["tokens_per_second"]
+        rows.append([each["method"], str(each["batch"]), *compared(each, plain, rate)])
+    print_table(["method", "largest batch", "share", "tokens/s there", "share"], rows, left=1)
+
+
+def compared(each: dict[str, Any], plain: dict[str, Any], rate: float | None) -> list[str]:
+    """Return the last columns of one line; dashes where nothing was trained."""
+    if rate is None:
+        return ["-", "-", "-"]
+    if not plain["batch"]:
+        return ["-", f"{rate:.0f}", "-"]
+    return [f"{each['batch'] / plain['batch']:.2f}", f"{rate:.0f}", f"{rate / plain['tokens_per_second']:.2f}"]
+
+
+if __name__ == "__main__":
+    main()
