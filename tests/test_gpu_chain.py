@@ -31,7 +31,11 @@ TWO = {
         "args": {"bf16": True},
         "config": {"head_refresh_steps": 2, "head_refresh_lag": 3, "tied_weights": "untie"},
     },
-    "llama": {"specimen": "llama", "args": {"bf16": True}, "config": {"head_layers": 0}},
+    "llama": {
+        "specimen": "llama",
+        "args": {"bf16": True},
+        "config": {"head_layers": 0, "head_refresh_steps": 3, "head_refresh_lag": 1},
+    },
     "llama, borrowing": {"specimen": "llama", "args": SAVED, "config": {"chunked_loss": 5}},
     "t5": {"specimen": "t5", "dropout": 0.1, "config": {"tied_weights": "freeze"}},
     "vit": {"specimen": "vit", "dropout": 0.1, "args": {"gradient_accumulation_steps": 2}, "config": {}},

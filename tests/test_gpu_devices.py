@@ -17,7 +17,9 @@ from hf_blocklocal.devices.spreading import Spread
 
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-NAMES = ["bert", "llama", "gpt2", "vit", "t5", "wav2vec2", "deberta_v2"]
+NAMES = ["bert", "llama", "gpt2", "vit", "t5"]
+# These make the host wait in their own forward pass, whoever trains them: they index by numbers of the CPU.
+IMPATIENT = ["wav2vec2", "deberta_v2"]
 
 
 @contextmanager
@@ -31,7 +33,7 @@ def no_waiting():
 
 
 def losses_of(name, devices, *, steps=4):
-    """Return the losses of some steps without a wait, from the second one on, which has its memory and libraries."""
+    """Return the losses of some steps. From the second one on, when memory and libraries are there, none may wait."""
     model, specimen = SPECIMENS[name].build(), SPECIMENS[name]
     model.config.use_cache = False
     options = {"head_layers": 0} if name == "wav2vec2" else {"head_refresh_steps": 2, "head_refresh_lag": 1}
@@ -44,7 +46,7 @@ def losses_of(name, devices, *, steps=4):
     for step in range(steps):
         batch = specimen.batch(step + 1)
         targets = assembly.read_targets(batch, seed=(step,))
-        with no_waiting() if step > 0 else nullcontext():
+        with no_waiting() if step > 0 and name not in IMPATIENT else nullcontext():
             assembly.begin_step(step)
             losses.append(stepped(assembly, optimizer, batch, targets, step=step))
     return [[loss.item() for loss in step] for step in losses]
@@ -59,7 +61,7 @@ def test_two_blocks_on_one_gpu_never_make_the_host_wait(name):
 
 @pytest.mark.two_gpus
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [*NAMES, *IMPATIENT])
 def test_blocks_learn_on_two_gpus_what_they_learn_on_one(name):
     one = losses_of(name, [torch.device("cuda", 0)] * 2)
     two = losses_of(name, [torch.device("cuda", 0), torch.device("cuda", 1)])

@@ -32,6 +32,8 @@ from common import (
 
 
 SIZE = Size(layers=24, width=1024, vocabulary=32_000, batch=1, sequence=512)
+# The batch that is tried first.
+FIRST = 4
 # Steps of a trial; the first makes the state of the optimizer, and is not timed.
 STEPS = 4
 CHUNK = 1024
@@ -43,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Look for the largest batch of every method, print a table, write it as JSON."""
     arguments = parser("Largest batch on a small GPU.", cuda=SIZE)
     arguments.add_argument("--memory", type=float, default=16, help="GiB of the GPU that may be used.")
-    arguments.add_argument("--blocks", type=int, nargs="+", default=[2, 4], help="Numbers of blocks K.")
+    arguments.add_argument("--blocks", type=int, nargs="+", default=[4], help="Numbers of blocks K.")
     options = parse(arguments, argv)
     size = chosen_size(options, SIZE)
     if prepare(options) != "cuda":
@@ -62,27 +64,19 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def methods(blocks: Sequence[int]) -> dict[str, dict[str, Any]]:
     """Return the settings of every method, by name; backpropagation first."""
-    local: dict[str, dict[str, Any]] = {}
-    for count in blocks:
-        local[f"K={count}"] = {"num_blocks": count}
-        local[f"K={count}, heads of their own"] = {"num_blocks": count, "head_layers": 0}
-    last = blocks[-1]
-    local[f"K={last}, heads of their own, step_per_block, chunked_loss"] = {
-        "num_blocks": last,
-        "head_layers": 0,
-        "step_per_block": True,
-        "chunked_loss": CHUNK,
-    }
-    every = {
+    own = {"head_layers": 0}
+    lean = {**own, "step_per_block": True, "chunked_loss": CHUNK}
+    every: dict[str, dict[str, Any]] = {
         PLAIN: {"block_local": None},
         "gradient checkpointing": {"block_local": None, "checkpointing": True},
         "LoRA": {"block_local": None, "lora": True},
-        **{name: {"block_local": fields} for name, fields in local.items()},
     }
-    every[f"K={last}, heads of their own, gradient checkpointing"] = {
-        "block_local": {"num_blocks": last, "head_layers": 0},
-        "checkpointing": True,
-    }
+    for count in blocks:
+        name, fields = f"K={count}", {"num_blocks": count}
+        every[name] = {"block_local": fields}
+        every[f"{name}, heads of their own"] = {"block_local": fields | own}
+        every[f"{name}, heads of their own, step_per_block, chunked_loss"] = {"block_local": fields | lean}
+        every[f"{name}, the same, gradient checkpointing"] = {"block_local": fields | lean, "checkpointing": True}
     return every
 
 
@@ -91,15 +85,13 @@ def largest(size: Size, settings: dict[str, Any]) -> dict[str, Any]:
     rates: dict[int, float] = {}
     fits, fails = 0, None
     while fails is None or fails - fits > max(1, fits // 8):
-        batch = 2 * fits or 1 if fails is None else (fits + fails) // 2
+        batch = 2 * fits or FIRST if fails is None else (fits + fails) // 2
         seconds = trial(size, batch, settings)
         release()
         if seconds is None:
             fails = batch
         else:
             fits, rates[batch] = batch, batch * size.sequence / seconds
-        if fails == 1:
-            break
     return {"batch": fits, "tokens_per_second": rates.get(fits), "tokens_per_second_by_batch": rates}
 
 
