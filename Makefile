@@ -38,7 +38,7 @@ benchmarks: setup
 	OMP_NUM_THREADS=1 $(BIN)/python scripts/benchmarks/step_time.py
 	OMP_NUM_THREADS=1 $(BIN)/python scripts/benchmarks/feedback_share.py
 	OMP_NUM_THREADS=1 $(BIN)/python scripts/benchmarks/loading.py
-	OMP_NUM_THREADS=1 $(BIN)/python scripts/benchmarks/block_parallel.py
+	OMP_NUM_THREADS=1 $(BIN)/python scripts/benchmarks/block_parallel.py --device cpu
 	OMP_NUM_THREADS=1 $(BIN)/python scripts/benchmarks/pipelining.py
 	OMP_NUM_THREADS=1 $(BIN)/python scripts/benchmarks/scale.py --measured \
 		scripts/benchmarks/results/pipelining-cpu.json scripts/benchmarks/results/block_parallel-cpu.json

@@ -9,8 +9,13 @@ second, the processor time of a step in the busiest process, and the share of ti
 neighbour. On a machine whose cores others use as well, wall time says little; a ratio of processor times says what
 processes with a core each would reach, if nothing waited.
 
-    OMP_NUM_THREADS=1 python scripts/benchmarks/block_parallel.py
+On GPUs processes speak by NCCL. Where there is one, they share it and speak by gloo: that shows that it works, not how
+fast. With NVIDIA's multi-process service each process has a part of the GPU, the same in every way of training, and
+NCCL 2.30 or later may be used.
+
+    OMP_NUM_THREADS=1 python scripts/benchmarks/block_parallel.py --device cpu
     OMP_NUM_THREADS=1 python scripts/benchmarks/block_parallel.py --rounds 1 --width 64 --steps 4   # does it run?
+    CUDA_MPS_ACTIVE_THREAD_PERCENTAGE=50 NCCL_MULTI_RANK_GPU_ENABLE=1 python scripts/benchmarks/block_parallel.py
 """
 
 from __future__ import annotations
@@ -32,6 +37,7 @@ from common import (
     build_model,
     build_trainer,
     chosen_size,
+    fitting_backend,
     parse,
     parser,
     prepare,
@@ -42,6 +48,7 @@ from common import (
 
 
 SIZE = Size(layers=8, batch=16)
+SIZES = {"cpu": SIZE, "cuda": Size(layers=8, width=1024, batch=32, sequence=512)}
 WARM_UP = 4
 ONE, BACKPROPAGATION = "block-local, one process", "backpropagation, one process"
 ONE_DEFAULT = f"{ONE}, default heads"
@@ -82,36 +89,45 @@ WAYS = {
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Time every way of training in rotation, print a table, write it as JSON."""
-    arguments = parser("Throughput of a block per process.", cpu_only=True, cpu=SIZE)
+    arguments = parser("Throughput of a block per process.", **SIZES)
     arguments.add_argument("--rounds", type=int, default=5, help="Times that every way has its turn.")
     arguments.add_argument("--steps", type=int, default=30, help="Steps timed in a turn.")
+    arguments.add_argument("--processes", type=int, default=4, help="Ways that take more are left out.")
     arguments.add_argument("--work", help=argparse.SUPPRESS)
     options = parse(arguments, argv)
-    size = chosen_size(options, SIZE)
+    device = prepare(options)
+    size = chosen_size(options, SIZES[device])
     if options.work:
-        train(options.work, size, options)
+        train(options.work, size, device, options)
         return
+    ways = [name for name, way in WAYS.items() if way.processes <= options.processes]
     rounds = []
     for number in range(options.rounds):
-        rounds.append({way: start(way, options) for way in WAYS})
+        rounds.append({way: start(way, device, options) for way in ways})
         print(f"round {number + 1} of {options.rounds}", flush=True)
-    results = [summary(way, rounds, size) for way in WAYS]
+    results = [summary(way, rounds, size) for way in ways]
     show(results)
-    report = {"size": size, "rounds": options.rounds, "steps": options.steps, "results": results}
-    print(f"\nWritten to {write_report('block_parallel', options.device, options, report)}")
+    report = {"size": size, "rounds": options.rounds, "steps": options.steps, "results": results, **sharing()}
+    print(f"\nWritten to {write_report('block_parallel', device, options, report)}")
 
 
-def start(way: str, options: argparse.Namespace) -> list[dict[str, float]]:
+def sharing() -> dict[str, str]:
+    """Return what the environment says of how processes share a GPU."""
+    names = ("CUDA_MPS_ACTIVE_THREAD_PERCENTAGE", "NCCL_MULTI_RANK_GPU_ENABLE")
+    return {name: os.environ[name] for name in names if name in os.environ}
+
+
+def start(way: str, device: str, options: argparse.Namespace) -> list[dict[str, float]]:
     """Train in a way once; return what each process has told."""
     with tempfile.TemporaryDirectory() as folder:
         environment = {"OMP_NUM_THREADS": str(options.threads), "BENCHMARK_FOLDER": folder}
-        run_processes(__file__, [*options.words, "--work", way], WAYS[way].processes, environment)
+        run_processes(__file__, [*options.words, "--work", way], WAYS[way].processes, environment, device=device)
         return [json.loads(path.read_text()) for path in sorted(Path(folder).glob("told-*.json"))]
 
 
-def train(way: str, size: Size, options: argparse.Namespace) -> None:
+def train(way: str, size: Size, device: str, options: argparse.Namespace) -> None:
     """Train in one process of a way and leave what was measured."""
-    prepare(options)
+    import torch
     from transformers import TrainerCallback
 
     steps = WARM_UP + options.steps
@@ -119,9 +135,10 @@ def train(way: str, size: Size, options: argparse.Namespace) -> None:
         build_model("encoder", size),
         build_examples("encoder", size, size.batch * steps),
         os.environ["BENCHMARK_FOLDER"],
-        device="cpu",
+        device=device,
         block_local=WAYS[way].block_local,
         max_steps=steps,
+        ddp_backend=fitting_backend(device, WAYS[way].processes),
         per_device_train_batch_size=size.batch // WAYS[way].divided,
         # Every look at whether a loss is a number waits for nobody on a CPU; on a GPU it would.
         logging_nan_inf_filter=False,
@@ -132,6 +149,8 @@ def train(way: str, size: Size, options: argparse.Namespace) -> None:
     class Stamp(TrainerCallback):
         def on_step_end(self, _args: Any, state: Any, *_: Any, **__: Any) -> None:
             if state.global_step in (WARM_UP, steps):
+                if device == "cuda":
+                    torch.cuda.synchronize()
                 waited = 0.0 if chain is None else chain.idle_seconds
                 marks.append((time.perf_counter(), time.process_time(), waited))
 

@@ -216,14 +216,25 @@ def parse(arguments: argparse.ArgumentParser, argv: Sequence[str] | None) -> arg
     return options
 
 
-def run_processes(script: str, words: Sequence[str], processes: int, environment: Mapping[str, str]) -> None:
-    """Run a script in one process, or in several under `accelerate launch`, on the CPU.
+def fitting_backend(device: str, processes: int) -> str | None:
+    """Return by what processes can speak that may have to share a GPU; None for what accelerate takes."""
+    import torch
+
+    shared = device == "cuda" and torch.cuda.device_count() < processes
+    return "gloo" if shared and os.environ.get("NCCL_MULTI_RANK_GPU_ENABLE") != "1" else None
+
+
+def run_processes(
+    script: str, words: Sequence[str], processes: int, environment: Mapping[str, str], *, device: str = "cpu"
+) -> None:
+    """Run a script in one process, or in several under `accelerate launch`.
 
     Args:
         script: The script.
         words: Its arguments.
         processes: How many processes.
         environment: What the environment holds beside that of this process.
+        device: `"cpu"` or `"cuda"`.
     """
     command = [script, *words]
     if processes > 1:
@@ -233,7 +244,7 @@ def run_processes(script: str, words: Sequence[str], processes: int, environment
         launch = ["--multi_gpu", "--num_processes", str(processes), "--num_machines", "1", "--mixed_precision", "no"]
         launch += ["--dynamo_backend", "no", "--main_process_port", str(port)]
         command = ["-m", "accelerate.commands.launch", *launch, *command]
-    run_script(command, os.environ | {"ACCELERATE_USE_CPU": "true"} | environment)
+    run_script(command, os.environ | ({"ACCELERATE_USE_CPU": "true"} if device == "cpu" else {}) | environment)
 
 
 def run_script(command: Sequence[str], environment: Mapping[str, str]) -> None:

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from readme_gpu import small_gpu
 from readme_scaling import block_parallel, loading, pipelining, scale
 
 
@@ -78,6 +79,11 @@ def sections() -> dict[str, str]:
         result["scale"] = "\n".join(scale(*_with_place("scale-cpu"))) + "\n"
     if (HERE / "results" / "loading-cpu.json").is_file():
         result["loading"] = "\n".join(loading(*_with_place("loading-cpu"))) + "\n"
+    if (HERE / "results" / "small_gpu-gpu.json").is_file():
+        result["small_gpu"] = "\n".join(small_gpu(*_with_place("small_gpu-gpu"))) + "\n"
+    if (HERE / "results" / "memory-gpu.json").is_file():
+        on_gpu = [*memory(load("memory-gpu")), "", *step_time(load("step_time-gpu"))]
+        result["on_gpu"] = "\n".join(on_gpu) + "\n"
     if (HERE / "results" / "learning-cpu.json").is_file():
         result["learning"] = "\n".join(learning(load("learning-cpu"))) + "\n"
         result["learning_summary"] = "\n".join(learning_summary(load("learning-cpu"))) + "\n"
@@ -109,6 +115,8 @@ def where(report: dict[str, Any]) -> str:
     """Say in one line where and with what a benchmark was run."""
     machine, versions = report["machine"], report["versions"]
     packages = ", ".join(f"{name} {version}" for name, version in versions.items())
+    if machine["gpu"]:
+        return f"`{report['command']}`, one run on one {machine['gpu']}, {packages}"
     cores, threads = machine["cores"], machine["threads"]
     return f"`{report['command']}`, one run on {cores} shared CPU cores, {threads} thread, {packages}"
 
