@@ -37,7 +37,7 @@ def test_ligers_kernels_teach_what_plain_ones_do(heads, tmp_path):
     plain = trained(tmp_path, {"num_blocks": 2, **heads})
     fused = trained(tmp_path, {"num_blocks": 2, **heads}, use_liger_kernel=True)
     assert torch.allclose(losses(fused), losses(plain), rtol=0.02)
-    assert "liger" in fused.model.forward.__func__.__module__
+    assert "liger" in fused.model.model.norm.forward.__func__.__module__
 
 
 def test_one_block_with_ligers_kernels_is_the_plain_trainer(tmp_path):

@@ -27,8 +27,13 @@ def under_way(request, monkeypatch):
         torch.cuda.current_stream().synchronize()
         under_way.put(copy)
 
+    def receive(tensor, *_args, **_kwargs):
+        copy = under_way.get()
+        tensor.copy_(copy)
+        torch.cuda.current_stream().synchronize()  # the copy is another thread's memory
+
     monkeypatch.setattr(stream.dist, "send", send)
-    monkeypatch.setattr(stream.dist, "recv", lambda tensor, *_, **__: tensor.copy_(under_way.get()))
+    monkeypatch.setattr(stream.dist, "recv", receive)
     monkeypatch.setattr(stream.dist, "get_backend", lambda _group: request.param)
     return under_way
 

@@ -92,7 +92,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = parser("Throughput of a block per process.", **SIZES)
     arguments.add_argument("--rounds", type=int, default=5, help="Times that every way has its turn.")
     arguments.add_argument("--steps", type=int, default=30, help="Steps timed in a turn.")
-    arguments.add_argument("--processes", type=int, default=4, help="Ways that take more are left out.")
+    arguments.add_argument("--ways", nargs="+", choices=list(WAYS), default=list(WAYS), help="Default: all.")
     arguments.add_argument("--work", help=argparse.SUPPRESS)
     options = parse(arguments, argv)
     device = prepare(options)
@@ -100,7 +100,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     if options.work:
         train(options.work, size, device, options)
         return
-    ways = [name for name, way in WAYS.items() if way.processes <= options.processes]
+    ways = [name for name in WAYS if name in options.ways]
+    if missing := ({WAYS[name].beside for name in ways} | {BACKPROPAGATION}) - set(ways):
+        raise SystemExit(f"--ways must hold what others are compared with: {', '.join(sorted(missing))}.")
     rounds = []
     for number in range(options.rounds):
         rounds.append({way: start(way, device, options) for way in ways})
