@@ -47,7 +47,7 @@ class GradientAverager:
 
     def finish(self) -> None:
         """Wait for all gradients sent off so far and put the averages in place."""
-        if self._pending and dist.get_backend(self.group) == "gloo":  # with others it is the device that waits
+        if self._pending:
             self._together(lambda: [bucket.work.wait() for bucket in self._pending])
         for bucket in self._pending:
             bucket.finish(self.world_size)

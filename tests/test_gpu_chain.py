@@ -44,8 +44,8 @@ CHAINS = {"bert in chains": {"specimen": "bert", "batch_size": 2, "dropout": 0.1
 PLACES = [*((name, "one", "two", 2) for name in TWO), *((name, "two", "four", 4) for name in CHAINS)]
 
 
-def run(folder, cases, *, processes):
-    """Run cases in one process, or in several that share out the GPUs there are."""
+def launched(folder, cases, *, processes):
+    """Run cases in one process, or in several that share out the GPUs there are; return how it went."""
     shared = torch.cuda.device_count() < processes and os.environ.get("NCCL_MULTI_RANK_GPU_ENABLE") != "1"
     backend = "gloo" if shared else "nccl"
     extra = ON_GPU | ({"ddp_backend": backend} if processes > 1 else {})
@@ -56,11 +56,13 @@ def run(folder, cases, *, processes):
         options += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", str(free_port())]
         command = ["-m", "accelerate.commands.launch", *options, *command]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
-    passed(
-        subprocess.run(
-            [sys.executable, *command], env=environment, capture_output=True, text=True, timeout=240, check=False
-        )
-    )
+    command = [sys.executable, *command]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, check=False)
+
+
+def run(*args, **kwargs):
+    """Run cases that go well."""
+    passed(launched(*args, **kwargs))
 
 
 @pytest.fixture(scope="module")
@@ -93,3 +95,12 @@ def test_a_checkpoint_of_one_process_is_resumed_by_two_and_back(runs, name, tmp_
         case = settled(TWO[name], processes=processes) | {"resume": str(runs / here / name / "checkpoint-3")}
         run(tmp_path / there, {name: case}, processes=processes)
         assert_same(runs / "one" / name / "final", tmp_path / there / name / "final")
+
+
+@pytest.mark.parametrize(("hangs", "processes"), [([0, 3], 2), ([3, 3], 4)])
+def test_a_process_that_hangs_ends_all(hangs, processes, tmp_path):
+    """They wait for it in a stream, or where gradients are averaged."""
+    case = {"specimen": "bert", "silent": hangs, "config": {"head_layers": 0, "peer_timeout": 4.0}}
+    result = launched(tmp_path, {"case": settled(case, processes=2)}, processes=processes)
+    assert result.returncode != 0
+    assert f"(rank {hangs[0]}) has shown no sign of life for" in result.stderr

@@ -21,7 +21,6 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
-from hf_blocklocal.crossing import settle
 from hf_blocklocal.errors import BlockLocalError, BlockPeerError, UnsupportedSettingError
 from hf_blocklocal.parallel.clocks import ahead_by, ask_time, tell_time
 from hf_blocklocal.parallel.machines import check_reachable, machines_of_all, names_of
@@ -296,7 +295,6 @@ def _connect(groups: Sequence[dist.ProcessGroup], device: torch.device) -> None:
     """Add up a first number in groups, so that none of them has to connect while a GPU waits; see `Link.greet`."""
     for group in groups:
         dist.all_reduce(torch.zeros(1, device=device), group=group)
-    settle(device)
 
 
 def _own_group(members: Sequence[range]) -> dist.ProcessGroup:

@@ -1,7 +1,8 @@
 """What processes do together, such as adding up numbers, while one that waits keeps an eye on the others.
 
 A collective that waits for a process that is gone says so late or never, and not who it is. So it runs in a thread of
-its own, and the thread that computes looks around until it is done. That thread also stays open to signals.
+its own, and the thread that computes looks around until it is done. That thread also stays open to signals. What a GPU
+waits for is not done before the GPU has done it: a number that is read afterwards makes nobody wait.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ from functools import partial
 from typing import Any, TypeVar
 
 import torch
+
+from hf_blocklocal.crossing import settle
 
 
 _POLL = 0.1
@@ -43,7 +46,7 @@ class Meetings:
         if self._thread is None:
             self._thread = threading.Thread(target=self._work, name="meetings", daemon=True)
             self._thread.start()
-        meeting = _Meeting(partial(function, *args, **kwargs))
+        meeting = _Meeting(partial(function, *args, **kwargs), self._device)
         self._tasks.put(meeting.hold)
         while not meeting.over.wait(_POLL):
             self._look_around()
@@ -60,17 +63,18 @@ class Meetings:
 
 
 class _Meeting:
-    def __init__(self, task: Callable[[], Any]) -> None:
+    def __init__(self, task: Callable[[], Any], device: torch.device) -> None:
         self.over = threading.Event()
         self.result: Any = None
         self.error: BaseException | None = None
-        self._task = task
+        self._task, self._device = task, device
         self._grad = torch.is_grad_enabled()
 
     def hold(self) -> None:
         try:
             with torch.set_grad_enabled(self._grad):
                 self.result = self._task()
+                settle(self._device)
         except BaseException as error:  # noqa: BLE001 - whatever it is, the thread that computes must hear of it
             self.error = error
         self.over.set()

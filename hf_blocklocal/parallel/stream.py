@@ -72,12 +72,10 @@ class Link:
         connect itself, both would wait for ever.
         """
         dist.send(torch.zeros(1, device=self.staging), self.peer, group=self.payload)
-        settle(self.device)
 
     def be_greeted(self) -> None:
         """Receive what the other side sends in `greet`."""
         dist.recv(torch.empty(1, device=self.staging), self.peer, group=self.payload)
-        settle(self.device)
 
 
 @dataclass(frozen=True)
