@@ -1,7 +1,8 @@
-"""The table of what fits into a small GPU, as Markdown."""
+"""The tables of what was seen on a GPU, as Markdown."""
 
 from __future__ import annotations
 
+from statistics import median
 from typing import Any
 
 
@@ -25,4 +26,27 @@ def small_gpu(report: dict[str, Any], place: str) -> list[str]:
         if plain["batch"]:
             ratios = [f"{row['batch'] / plain['batch']:.2f}", f"{rate / plain['tokens_per_second']:.2f}"]
         lines.append(f"| {row['method']} | {row['batch']} | {ratios[0]} | {rate:,.0f} | {ratios[1]} |")
+    return lines
+
+
+def parts_of_a_gpu(report: dict[str, Any], place: str) -> list[str]:
+    """Throughput where every process has the same part of one GPU."""
+    size, rounds = report["size"], report["rounds"]
+    how = "NCCL" if report.get("NCCL_MULTI_RANK_GPU_ENABLE") == "1" else "gloo"
+    part = report.get("CUDA_MPS_ACTIVE_THREAD_PERCENTAGE", "100")
+    model = f"A BERT of {size['layers']} layers, width {size['width']}, batches of {size['batch']}"
+    steps = f"{report['steps']} steps, {rounds} {'round' if rounds == 1 else 'rounds'}"
+    lines = [
+        f"{model} x {size['sequence']} tokens, heads of their own, bf16 autocast,",
+        f"an optimizer step per batch; {steps}; each process with {part} % of the GPU, and",
+        f"messages by {how}",
+        f"({place}).",
+        "",
+        "| | samples/s | x one process | time waited, by block |",
+        "|---|---|---|---|",
+    ]
+    for row in report["results"]:
+        ratio = median(row[f"times {row['beside']}"]["wall"])
+        waited = ", ".join(f"{share:.0%}" for share in row["waited"]) if "block-local" in row["way"] else ""
+        lines.append(f"| {row['way']} | {row['samples_per_second']:.1f} | {ratio:.2f} | {waited} |")
     return lines
