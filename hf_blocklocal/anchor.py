@@ -74,11 +74,13 @@ class Anchor:
         @torch.no_grad()
         def pull(optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             # The groups are those of the step that was just taken, which may be of one block only.
+            lost = getattr(optimizer, "found_inf", None)  # the step was left out, if it is not zero
             for group in optimizer.param_groups:
                 for parameter in group["params"]:
                     if parameter.grad is not None and parameter in start:
                         difference = parameter - start[parameter]
-                        parameter.sub_(difference.mul_(float(group["lr"]) * self.strength))
+                        difference.mul_(float(group["lr"]) * self.strength)
+                        parameter.sub_(difference if lost is None else difference * (lost == 0))
 
         self._handle = optimizer.register_step_post_hook(pull)
 

@@ -46,7 +46,7 @@ from hf_blocklocal.spans import read_spans
 from hf_blocklocal.step import LocalStep
 from hf_blocklocal.targets import Targets, Task, labels_of, read_targets
 from hf_blocklocal.trace import owners_of, plan_cut, plan_spans, trace_layers, trace_reach
-from hf_blocklocal.tying import with_shared_weights_settled_, with_tied_weights_settled_
+from hf_blocklocal.tying import shared_by_blocks, with_shared_weights_settled_, with_tied_weights_settled_
 
 
 class TaughtModel(nn.Module):
@@ -87,6 +87,7 @@ class Assembly:
             batch; none where that has no target that counts.
         parts: For each parameter of the model that is spread over several processes, what is here of it, which is in
             `parameters` in its place.
+        shared: The names of the parameters that the losses of several blocks reach.
     """
 
     config: BlockLocalConfig
@@ -102,6 +103,7 @@ class Assembly:
     copies: Copies | None = None
     head_costs: tuple[float, ...] = ()
     parts: Mapping[nn.Parameter, nn.Parameter] = field(default_factory=dict)
+    shared: tuple[str, ...] = ()
 
     @property
     def heads(self) -> nn.ModuleList:
@@ -112,6 +114,14 @@ class Assembly:
     def last(self) -> int:
         """The last block, which learns from the model's own loss."""
         return self.cut.num_blocks - 1
+
+    @property
+    def couples(self) -> bool:
+        """Whether gradients of a block come from other losses than its own too."""
+        config = self.config
+        global_steps = config.global_every is not None or config.polish > 0
+        learned = any(self.module.model.get_parameter(name).requires_grad for name in self.shared)
+        return config.overlap > 0 or global_steps or learned
 
     def read_targets(
         self, inputs: Mapping[str, Any], *, seed: tuple[int, ...] = (0,), whole_vocabulary: bool = False
@@ -281,6 +291,7 @@ def assemble(
         owners=owners,
         lent=lent,
         copies=build_copies(model, config, lent, shortcut),
+        shared=tuple(shared_by_blocks(reach)),
     )
     targets = assembly.read_targets(inputs)
     if len(targets) > 0:

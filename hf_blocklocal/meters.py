@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -71,16 +71,25 @@ class BlockLossMeter:
         else:
             self._local_steps += completes_step
 
-    def pop(self, num_blocks: int, device: torch.device, world_size: int) -> dict[str, float]:
+    def pop(
+        self,
+        num_blocks: int,
+        device: torch.device,
+        world_size: int,
+        *,
+        overflows: Mapping[int, Tensor] | None = None,
+    ) -> dict[str, float]:
         """Return the logs since the last call, averaged over processes, and this process's skipped batches so far.
 
         `block_k/loss` of blocks that had none, because all steps were global, is left out. `block_k/kl` and
-        `block_k/nll`, in nats per target, are there where backward messages are learned.
+        `block_k/nll`, in nats per target, are there where backward messages are learned, `block_k/overflows` where
+        steps have been left out.
 
         Args:
             num_blocks: Blocks, K.
             device: Where processes meet.
             world_size: Processes; all of them must call.
+            overflows: Steps that blocks here have left out so far.
         """
         sums_K = torch.zeros(num_blocks, device=device)
         if self._sums_K:
@@ -92,18 +101,23 @@ class BlockLossMeter:
         halves_H2 = torch.zeros(num_blocks - 1, 2, device=device)
         if self._halves_H2:
             halves_H2[self._here(num_blocks - 1)] = torch.stack([total.to(device) for total in self._halves_H2])
-        said = [sums_K / steps_K, halves_H2.flatten(), sums_K.new_tensor([self._targets])]
+        left_out_K = torch.zeros(num_blocks, device=device)
+        for block, count in (overflows or {}).items():
+            left_out_K[block] = count.to(device)
+        said = [sums_K / steps_K, halves_H2.flatten(), left_out_K, sums_K.new_tensor([self._targets])]
         if self.alone is not None:  # each of these numbers is known to one process in K
-            said[:2] = [num_blocks * values for values in said[:2]]
-            said[2] *= num_blocks / (num_blocks - 1)  # the last block, which has no head, counts none
+            said[:3] = [num_blocks * values for values in said[:3]]
+            said[3] *= num_blocks / (num_blocks - 1)  # the last block, which has no head, counts none
         # One vector of the same length in every process, one of which may have skipped all its batches.
         *values, targets = average_over_processes(torch.cat(said), world_size).tolist()
+        values, left_out = values[:-num_blocks], values[-num_blocks:]
         first = num_blocks - 1 if self._global_steps > 0 and self._local_steps == 0 else 0
         self._forget()
         logs = {f"block_{block}/loss": values[block] for block in range(first, num_blocks)}
         if targets > 0:
             for block, half in enumerate(range(num_blocks, len(values), 2)):
                 logs[f"block_{block}/kl"], logs[f"block_{block}/nll"] = (x / targets for x in values[half : half + 2])
+        logs |= {f"block_{block}/overflows": count for block, count in enumerate(left_out) if count > 0}
         return logs | ({"skipped_batches": self.skipped_batches} if self.skipped_batches else {})
 
     def _here(self, count: int) -> slice:

@@ -95,18 +95,12 @@ def check_quantisation(model: nn.Module, config: BlockLocalConfig) -> None:
         )
 
 
-def check_launcher(distributed_type: str, mixed_precision: str, config: BlockLocalConfig) -> None:
+def check_launcher(distributed_type: str) -> None:
     """Refuse what an argument, `accelerate config` or the environment may ask for.
 
     Raises:
-        UnsupportedSettingError: If accelerate was started with something other than data parallelism, or with fp16
-            where blocks are to be stepped one by one.
+        UnsupportedSettingError: If accelerate was started with something other than data parallelism.
     """
-    if config.step_per_block and config.num_blocks > 1 and mixed_precision == "fp16":
-        raise UnsupportedSettingError(
-            "step_per_block=True and mixed precision fp16 exclude each other: the loss scaler unscales all gradients "
-            "at once. Use bf16, or step_per_block=False."
-        )
     kind = str(getattr(distributed_type, "value", distributed_type)).upper()
     if kind in ("DEEPSPEED", "FSDP", "MEGATRON_LM"):
         raise UnsupportedSettingError(
@@ -137,10 +131,6 @@ def check_block_parallel(args: TrainingArguments, config: BlockLocalConfig) -> N
         "eval_use_gather_object": (bool(args.eval_use_gather_object), "predictions are gathered as tensors"),
         "fp16_full_eval": (bool(args.fp16_full_eval), "it moves the whole model, of which most is elsewhere"),
         "bf16_full_eval": (bool(args.bf16_full_eval), "it moves the whole model, of which most is elsewhere"),
-        "fp16": (
-            bool(args.fp16) or getattr(args, "mixed_precision", None) == "fp16",
-            "the loss scale of one process would differ from that of another; use bf16",
-        ),
     }
     for name, (given, reason) in refused.items():
         if given:
@@ -227,21 +217,20 @@ def check_placement(model: nn.Module, *, model_parallel: bool) -> None:
         )
 
 
-def check_spread(args: TrainingArguments, mixed_precision: str) -> None:
+def check_spread(args: TrainingArguments) -> None:
     """Refuse what cannot work where the blocks of one process lie on several devices.
 
     Raises:
         UnsupportedSettingError: For the first such argument.
     """
     refused = {
-        "fp16": (args.fp16 or mixed_precision == "fp16", "its loss scaler waits for all devices at every step"),
         "fp16_full_eval": (args.fp16_full_eval, "it moves the model to one device"),
         "bf16_full_eval": (args.bf16_full_eval, "it moves the model to one device"),
     }
     for name, (given, reason) in refused.items():
         if given:
             raise UnsupportedSettingError(
-                f"{name} and blocks on several devices exclude each other: {reason}. Use bf16, or one device."
+                f"{name} and blocks on several devices exclude each other: {reason}. Leave it out, or use one device."
             )
 
 

@@ -95,6 +95,7 @@ class LocalStep:
     Attributes:
         devices: The devices that blocks lie on, where those are several.
         bring: Returns the targets of a micro-batch on the device of a block.
+        at_work: The block whose loss is being sent back; None outside of that, as for the last block's.
 
     Args:
         boundaries: The cut of the model, where the heads stand.
@@ -130,6 +131,7 @@ class LocalStep:
         self.chunked = chunked
         self.devices: tuple[torch.device, ...] = ()
         self.bring: Callable[[int, Targets], Targets] = lambda block, targets: targets
+        self.at_work: int | None = None
 
     @contextmanager
     def teach(
@@ -170,11 +172,6 @@ class LocalStep:
         last = self.boundaries.cut.num_blocks - 1
         interlock = Interlock(0 if heads_only else self.overlap, last)
 
-        def send(loss: Tensor, **options: Any) -> None:
-            if loss.requires_grad:
-                with torch.autocast(loss.device.type, enabled=False):
-                    backward(loss, **options)
-
         def learn(block: int, hidden: Tensor, router_logits: tuple[Tensor, ...]) -> Messages:
             if heads_only:
                 hidden, router_logits = hidden.detach(), tuple(logits.detach() for logits in router_logits)
@@ -183,12 +180,12 @@ class LocalStep:
             with self._head_alone(block, heads_only=heads_only):
                 loss = self._loss(block, hidden, router_logits, mine, heard.append)
                 report.add(loss, self.heads[block].loss.halves(heard[0]), len(mine.targets))
-                send(loss, **({"retain_graph": True} if interlock.overlap > 0 else {}))
+                self._send(backward, block, loss, **({"retain_graph": True} if interlock.overlap > 0 else {}))
             if self.denoising is not None:
                 with self._block_again(block, heads_only=heads_only):
                     term = self._denoising(block, hidden, mine)
                     report.losses[-1] = report.losses[-1] + term.detach()
-                    send(term)
+                    self._send(backward, block, term)
             _forget_low_precision(hidden.device)
             return heard[0]
 
@@ -212,6 +209,15 @@ class LocalStep:
         with self.watched(), cut, self._own_streams(lesson), self._own_loss():
             yield report
             send_back(last)
+
+    def _send(self, backward: Callable[..., None], block: int, loss: Tensor, **options: Any) -> None:
+        if loss.requires_grad:
+            self.at_work = block
+            try:
+                with torch.autocast(loss.device.type, enabled=False):
+                    backward(loss, **options)
+            finally:
+                self.at_work = None
 
     def _own_loss(self) -> AbstractContextManager[None]:
         """Let the model compute its own loss in chunks, but not where heads borrow the model."""

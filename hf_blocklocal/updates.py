@@ -77,9 +77,16 @@ class BlockUpdates:
         optimizer: torch.optim.Optimizer,
         *,
         max_norm: float,
-        step: int,
+        checked_step: int | None,
     ) -> None:
         """Clip and step one block at once, and free its gradients.
+
+        Args:
+            block: The block.
+            parameters: Its parameters.
+            optimizer: The optimizer of all blocks.
+            max_norm: Largest norm to leave; infinity only measures.
+            checked_step: Optimizer step under way, where a norm that is not finite is an error; None where not.
 
         Raises:
             NonFiniteLossError: If its gradient is not finite. The block is as it was.
@@ -87,7 +94,8 @@ class BlockUpdates:
         norm = self._clip_(parameters, max_norm)
         if norm is not None:
             self._norms[block] = norm
-            self._check(self._norms, step)
+        if norm is not None and checked_step is not None:
+            self._check(self._norms, checked_step)
         step_block_(optimizer, parameters)
 
     def clip_(self, blocks: Sequence[Sequence[nn.Parameter]], *, max_norm: float, checked_step: int | None) -> Tensor:

@@ -46,6 +46,7 @@ FLOORS = [
         "families",
         "polish",
         "sampling",
+        "scaler",
         "scaling",
         "spans",
         "updates",

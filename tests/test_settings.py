@@ -90,18 +90,6 @@ def test_reentrant_checkpointing_is_refused_by_its_other_name(tmp_path):
     assert refusal(args).startswith("activation_checkpointing_kwargs={'use_reentrant': True}")
 
 
-def test_a_loss_scaler_and_steps_per_block_exclude_each_other():
-    check_launcher("NO", "fp16", CONFIG)
-    check_launcher("NO", "bf16", STEP_PER_BLOCK)
-    check_launcher("NO", "fp16", BlockLocalConfig(num_blocks=1, step_per_block=True))
-    with pytest.raises(UnsupportedSettingError) as error:
-        check_launcher("NO", "fp16", STEP_PER_BLOCK)
-    assert str(error.value) == (
-        "step_per_block=True and mixed precision fp16 exclude each other: the loss scaler unscales all gradients at "
-        "once. Use bf16, or step_per_block=False."
-    )
-
-
 def test_models_that_lie_where_nothing_can_follow_are_refused():
     model = nn.Linear(1, 1)
     check_placement(model, model_parallel=False)
@@ -112,16 +100,11 @@ def test_models_that_lie_where_nothing_can_follow_are_refused():
         check_placement(model, model_parallel=False)
 
 
-@pytest.mark.parametrize("name", ["fp16", "fp16_full_eval", "bf16_full_eval"])
-def test_what_waits_for_all_devices_is_refused_on_several(tmp_path, name):
-    check_spread(arguments(tmp_path, bf16=True), "bf16")
+@pytest.mark.parametrize("name", ["fp16_full_eval", "bf16_full_eval"])
+def test_what_moves_the_model_is_refused_on_several(tmp_path, name):
+    check_spread(arguments(tmp_path, bf16=True))
     with pytest.raises(UnsupportedSettingError, match=f"{name} and blocks on several devices exclude each other"):
-        check_spread(arguments(tmp_path, **{name: True}), "no")
-
-
-def test_a_loss_scaler_of_the_launcher_is_refused_on_several_devices(tmp_path):
-    with pytest.raises(UnsupportedSettingError, match="waits for all devices"):
-        check_spread(arguments(tmp_path), "fp16")
+        check_spread(arguments(tmp_path, **{name: True}))
 
 
 @pytest.mark.parametrize(
@@ -130,12 +113,12 @@ def test_a_loss_scaler_of_the_launcher_is_refused_on_several_devices(tmp_path):
 def test_a_launcher_that_shards_is_refused(kind):
     name = str(getattr(kind, "value", kind)).upper()
     with pytest.raises(UnsupportedSettingError, match=f"accelerate was launched with {name}, which is not supported"):
-        check_launcher(kind, "no", CONFIG)
+        check_launcher(kind)
 
 
 @pytest.mark.parametrize("kind", [DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU])
 def test_a_launcher_that_does_not_shard_is_welcome(kind):
-    check_launcher(kind, "no", CONFIG)
+    check_launcher(kind)
 
 
 def test_smoothing_has_no_meaning_for_numbers():
@@ -194,7 +177,6 @@ def test_a_model_that_gathers_over_all_layers_is_refused_where_a_process_has_one
         ("fp16_full_eval", True),
         ("save_on_each_node", True),
         ("eval_use_gather_object", True),
-        ("fp16", True),
     ],
 )
 def test_what_a_process_with_one_block_cannot_do_is_refused(option, value, tmp_path):

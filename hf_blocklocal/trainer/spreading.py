@@ -37,7 +37,7 @@ class SpreadsBlocks(PlacesBlocks):
             return
         check_model_given(self.model_init is None, _APART)
         check_outputs_of_all_layers(self.model, _APART)
-        check_spread(self.args, self.accelerator.mixed_precision)
+        check_spread(self.args)
         self._layout, self.block_local = layout, layout.config
         self.accelerator.device_placement = False  # batches stay in main memory, where they are read
         remove_hook_from_submodules(self.model)

@@ -32,13 +32,13 @@ from hf_blocklocal.trainer.cards import WritesCards
 from hf_blocklocal.trainer.evaluating import EvaluatesBlocks
 from hf_blocklocal.trainer.pushing import PushesRuns
 from hf_blocklocal.trainer.saving import SavesBlocks
-from hf_blocklocal.trainer.spreading import SpreadsBlocks
+from hf_blocklocal.trainer.scaling import ScalesBlocks
 
 
 logger = logging.getLogger(__name__)
 
 
-class BlockLocalMixin(EvaluatesBlocks, SavesBlocks, PushesRuns, SpreadsBlocks, WritesCards):
+class BlockLocalMixin(EvaluatesBlocks, SavesBlocks, PushesRuns, ScalesBlocks, WritesCards):
     """What makes a block-local trainer of any `Trainer` whose loss comes from `compute_loss` and labels.
 
     Put it first: `class MyTrainer(BlockLocalMixin, SFTTrainer)`. The trainer's own `compute_loss` teaches the last
@@ -128,7 +128,7 @@ class BlockLocalMixin(EvaluatesBlocks, SavesBlocks, PushesRuns, SpreadsBlocks, W
                 )
             self.args._n_gpu = 1
         super().create_accelerator_and_postprocess()
-        check_launcher(self.accelerator.distributed_type, self.accelerator.mixed_precision, self.block_local)
+        check_launcher(self.accelerator.distributed_type)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Optimize the heads together with the model, in place of the model alone."""
@@ -168,6 +168,7 @@ class BlockLocalMixin(EvaluatesBlocks, SavesBlocks, PushesRuns, SpreadsBlocks, W
             self._together(broadcast_from_first, here, self._updates.group)
         if self.anchor is not None:
             self.anchor.attach(self._inner_optimizer)
+        self._scale_per_block(self._inner_optimizer)
         return module
 
     # ---- One step ----
@@ -264,17 +265,16 @@ class BlockLocalMixin(EvaluatesBlocks, SavesBlocks, PushesRuns, SpreadsBlocks, W
         alone = self._chain is not None
         self._updates.average(parameters, wait=block == self.assembly.last or at_once or alone)
         if block < self.assembly.last and at_once:
-            step, max_norm = self.state.global_step + 1, self.args.max_grad_norm or float("inf")
+            optimizer, max_norm = self._inner_optimizer, self.args.max_grad_norm or float("inf")
             self._check_finite(report)
-            self._updates.step_(block, parameters, self._inner_optimizer, max_norm=max_norm, step=step)
+            with self._settled(block, optimizer):
+                step = self._checked_step
+                self._updates.step_(block, parameters, optimizer, max_norm=max_norm, checked_step=step)
 
     def _skip_batch(self, *, in_global_step: bool) -> Tensor:
         """Learn nothing from a micro-batch without targets, but keep the other processes company."""
         self._meter.skip(completes_step=self.accelerator.sync_gradients, in_global_step=in_global_step)
         if self.accelerator.sync_gradients:
-            if self.accelerator.scaler is not None:  # it must have seen a gradient when it steps
-                trainable = (p for p in self._blocks_here[-1] if p.requires_grad)
-                self.accelerator.backward(0 * min(trainable, key=Tensor.numel).sum())
             self._updates.average(*self._blocks_here, wait=True)
         return torch.zeros((), device=self.args.device)
 
@@ -287,17 +287,22 @@ class BlockLocalMixin(EvaluatesBlocks, SavesBlocks, PushesRuns, SpreadsBlocks, W
         return self._clip_blocks(float("inf")) if grad_norm is None else grad_norm
 
     def _clip_blocks(self, max_norm: float) -> Tensor:
-        self.accelerator.unscale_gradients()
-        checked = self.assembly.last > 0 and self.accelerator.scaler is None
-        step = self.state.global_step + 1 if checked else None
-        return self._updates.clip_(self.assembly.parameters, max_norm=max_norm, checked_step=step)
+        self._unscale()
+        return self._updates.clip_(self.assembly.parameters, max_norm=max_norm, checked_step=self._checked_step)
+
+    @property
+    def _checked_step(self) -> int | None:
+        """The step under way, where a gradient that is not finite is an error."""
+        checked = self.assembly.last > 0 and not self._overflow_is_left_out
+        return self.state.global_step + 1 if checked else None
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Add the loss of every block to the training logs."""
         if self.assembly.last > 0 and ("loss" in logs or self._ends_run_apart(logs)):
             steps, last = self._meter.steps, f"block_{self.assembly.last}/loss"
             blocks, processes = self.assembly.cut.num_blocks, self.args.world_size
-            said = self._together(self._meter.pop, blocks, self.args.device, processes)
+            overflows = None if self._scaler is None else self._scaler.overflows
+            said = self._together(self._meter.pop, blocks, self.args.device, processes, overflows=overflows)
             self._told += steps * said[last]
             logs |= (said | self._of_all_blocks(logs, said[last])) if "loss" in logs else self._of_run()
         super().log(logs, *args, **kwargs)
@@ -316,8 +321,9 @@ class BlockLocalTrainer(BlockLocalMixin, Trainer):
       what each block's head would have predicted, `eval_block_k_accuracy` and `eval_block_k_loss`.
     - Where the model's own loss ignores `num_items_in_batch`, it is divided by the accumulation steps.
     - A micro-batch in which every label is -100 is skipped and counted as `skipped_batches` in the logs.
-    - A loss or gradient that is not finite stops the run before it touches a weight; gradients in fp16 are left to the
-      loss scaler.
+    - A loss or gradient that is not finite stops the run before it touches a weight.
+    - In fp16 every block has a loss scale of its own, and the other blocks are stepped where the gradients of one
+      overflow. Its steps left out so far are `block_k/overflows` in the logs; the learning rate goes on all the same.
     - A `compute_loss_func` teaches the heads too, where a sample has one target; `eval_block_k_loss` stays their own.
     - With `global_every` or `polish`, some steps are backpropagation; `block_k/loss` is over the others.
     - Without `accelerate launch`, one GPU is used: there is no `DataParallel`.
