@@ -29,10 +29,8 @@ class BlockScaler:
         overflows: How many steps each block has left out, on its device.
 
     Args:
-        given: What scales the losses of an ordinary run, which tells how; or the scaler of an earlier run.
-        blocks: The parameters of the blocks that are here.
+        given: What would scale the loss of a single block; it tells how.
         at_work: Returns the block whose loss is being sent back.
-        coupled: Whether losses reach into other blocks, so that one scale must do for all.
         waits: Whether the host may wait for a device to know whether a gradient has overflowed. If not, it is left to
             the optimizer, which must be a fused one.
         add_up: Returns the sum of a tensor over the processes that have other parts of these blocks, if there are any.
@@ -41,26 +39,37 @@ class BlockScaler:
     def __init__(
         self,
         given: Any,
-        blocks: Mapping[int, Sequence[nn.Parameter]],
         *,
         at_work: Callable[[], int],
-        coupled: bool = False,
         waits: bool = True,
         add_up: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
-        self._template = given._template if isinstance(given, BlockScaler) else given
-        self._blocks, self._at_work, self._coupled, self._add_up = blocks, at_work, coupled, add_up
+        self._given, self._at_work, self._add_up = given, at_work, add_up
         self.waits = waits
-        shared = deepcopy(self._template)
-        self._scalers = {block: shared if coupled else deepcopy(self._template) for block in blocks}
+        self._blocks: Mapping[int, Sequence[nn.Parameter]] = {}
+        self._scalers: dict[int, Any] = {}
         self._looks: dict[int, _Look] = {}
         self.overflows: dict[int, Tensor] = {}
-        if isinstance(given, BlockScaler):
-            self.load_state_dict(given.state_dict())
+
+    def begin_(self, blocks: Mapping[int, Sequence[nn.Parameter]], *, coupled: bool = False) -> None:
+        """Begin a run, with the scales that the last one has come to, if there was one.
+
+        Args:
+            blocks: The parameters of the blocks that are here.
+            coupled: Whether losses reach into other blocks, so that one scale must do for all.
+        """
+        state = self.state_dict() if self._scalers else None
+        shared = deepcopy(self._given)
+        self._scalers = {block: shared if coupled else deepcopy(self._given) for block in blocks}
+        self._blocks, self._coupled = blocks, coupled
+        self._looks.clear()
+        self.overflows.clear()
+        if state is not None:
+            self.load_state_dict(state)
 
     def is_enabled(self) -> bool:
         """Tell whether losses are scaled at all."""
-        return self._template.is_enabled()
+        return self._given.is_enabled()
 
     def scale(self, loss: Tensor) -> Tensor:
         """Return the loss of the block at work, scaled."""

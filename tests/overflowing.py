@@ -4,11 +4,22 @@ from __future__ import annotations
 
 import torch
 
+from hf_blocklocal import BlockLocalTrainer
+
 
 def scaled(trainer, **options):
     """Return a trainer whose losses are scaled, as accelerate has it with fp16 on a GPU."""
     trainer.accelerator.scaler = torch.amp.GradScaler("cpu", **options)
     return trainer
+
+
+class HalvedTrainer(BlockLocalTrainer):
+    """Computes in fp16, which accelerate does not ask of a CPU."""
+
+    def create_accelerator_and_postprocess(self):
+        super().create_accelerator_and_postprocess()
+        self.accelerator.native_amp, self.accelerator.state._mixed_precision = True, "fp16"
+        scaled(self)
 
 
 def overflows(trainer, steps, path):

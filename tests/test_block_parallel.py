@@ -41,6 +41,21 @@ TWO = {
         "args": {"gradient_accumulation_steps": 2},
         "config": {"head_layers": 0, "step_per_block": True, "denoising": 0.5, "anchor": 1.0},
     },
+    "bert, scaled": {
+        "specimen": "bert",
+        "dropout": 0.1,
+        "scaled": {"growth_interval": 2},
+        "overflows": [[2, 4], "bert.encoder.layer.0.attention.self.query"],
+        "args": SAVED,
+        "config": {"anchor": 0.5, "head_refresh_steps": 2, "head_refresh_lag": 1},
+    },
+    "bert, scaled and stepped at once": {
+        "specimen": "bert",
+        "scaled": {},
+        "overflows": [[3], "bert.encoder.layer.2.attention.self.query"],
+        "config": {"step_per_block": True, "head_layers": 0},
+    },
+    "llama, in fp16": {"specimen": "llama", "half": True, "config": {"head_layers": 1, **REFRESHED}},
     "gpt2": {
         "specimen": "gpt2",
         "dropout": 0.1,
@@ -129,6 +144,15 @@ FOUR = {
 # Two chains of two blocks, against two processes with both blocks each.
 CHAINS = {
     "bert in chains": {"specimen": "bert", "batch_size": 2, "dropout": 0.1, "args": BEST, "config": {}},
+    "bert in chains, scaled": {
+        "specimen": "bert",
+        "batch_size": 1,
+        "unlabelled": [0, 3, 7, 8, 9, 14, 15, 20],
+        "scaled": {"growth_interval": 2},
+        "overflows": [[3], "bert.encoder.layer.2.attention.self.query"],
+        "args": {"max_steps": 10, "save_strategy": "steps", "save_steps": 10},
+        "config": {"head_layers": 0},
+    },
     "gpt2 in chains": {
         "specimen": "gpt2",
         "batch_size": 2,
@@ -306,7 +330,7 @@ def test_nothing_stalls_the_stream(runs):
 
 def test_a_checkpoint_is_resumed_on_any_layout(runs, tmp_path):
     """Written by one process and resumed by two, and the other way round: as if nothing had happened."""
-    names = ["bert", "gpt2"]
+    names = ["bert", "gpt2", "bert, scaled"]
     crossed = {}
     for here, there, processes in (("one", "two", 2), ("two", "one", 1)):
         cases = {name: settled(TWO[name], processes=processes) for name in names}
@@ -327,6 +351,19 @@ def test_optimizer_and_schedule_are_saved_as_one_process_saves_them(runs):
                 torch.load(runs / place / name / "checkpoint-6" / file, weights_only=False) for place in ("one", "two")
             )
             assert_equal(first, second)
+
+
+def test_every_block_has_a_scale_of_its_own_in_a_checkpoint(runs):
+    for first, second, name, step in (
+        ("one", "two", "bert, scaled", 6),
+        ("two", "four", "bert in chains, scaled", 10),
+    ):
+        checkpoints = [runs / place / name / f"checkpoint-{step}" / "scaler.pt" for place in (first, second)]
+        one, other = (torch.load(checkpoint) for checkpoint in checkpoints)
+        assert one == other
+        assert one["blocks"]["0"] != one["blocks"]["1"]
+        told = [{key for row in log["history"] for key in row} for log in logs_of(runs / second / name)]
+        assert all({key for key in keys if "overflows" in key} for keys in told)
 
 
 def assert_equal(first, second):

@@ -28,13 +28,16 @@ OWN = {"head_layers": 0}
 class Blocks:
     """Two blocks of one weight each, and a scaler that is told by hand which of them is at work."""
 
-    def __init__(self, given=None, **options):
+    def __init__(self, *, coupled=False, **options):
         self.weights = [nn.Parameter(torch.ones(2)) for _ in range(2)]
         self.optimizer = torch.optim.AdamW(self.weights, lr=0.1, fused=True)
         self.at_work = 0
-        given = torch.amp.GradScaler("cpu", init_scale=8.0) if given is None else given
-        blocks = {block: [weight] for block, weight in enumerate(self.weights)}
-        self.scaler = BlockScaler(given, blocks, at_work=lambda: self.at_work, **options)
+        given = torch.amp.GradScaler("cpu", init_scale=8.0)
+        self.scaler = BlockScaler(given, at_work=lambda: self.at_work, **options)
+        self.begin(coupled=coupled)
+
+    def begin(self, **options):
+        self.scaler.begin_({block: [weight] for block, weight in enumerate(self.weights)}, **options)
 
     def send_back(self, block, factor=1.0):
         self.at_work = block
@@ -137,7 +140,6 @@ def test_the_state_of_blocks_is_one_of_all_and_the_other_way_round():
     coupled = Blocks(coupled=True)
     coupled.scaler.load_state_dict(state)
     assert coupled.scales == [4.0, 4.0]
-    assert Blocks(blocks.scaler).scales == [4.0, 8.0]
 
 
 def test_where_nobody_waits_the_optimizer_must_leave_out_by_itself():
@@ -238,17 +240,22 @@ def test_a_killed_run_goes_on_with_the_scale_of_every_block(tmp_path):
     assert len({state["scale"] for state in whole.accelerator.scaler.state_dict()["blocks"].values()}) == 2
 
 
-def test_an_interrupted_run_leaves_nothing_to_the_next(tmp_path):
+@pytest.mark.parametrize("options", [{}, {"overlap": 1}])
+def test_a_run_after_one_that_was_interrupted_begins_with_its_scales_and_nothing_else(options, tmp_path):
     def interrupt(module, args):
-        raise KeyboardInterrupt
+        if module.training and trainer.state.global_step == 1:
+            raise KeyboardInterrupt
 
-    trainer = scaled(make_four(tmp_path, config={"step_per_block": True}))
-    handle = trainer.model.classifier.register_forward_pre_hook(interrupt)
-    with pytest.raises(KeyboardInterrupt):
-        trainer.train()
-    handle.remove()
-    trained(trainer)
-    assert trainer.state.global_step == 3
+    runs = []
+    for how in (lambda trainer: trainer, lambda trainer: scaled(trainer, growth_interval=1)):
+        trainer = how(make_four(tmp_path, config={"step_per_block": True, **options}))
+        handle = trainer.model.classifier.register_forward_pre_hook(interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            trainer.train()
+        handle.remove()
+        runs.append(trained(trained(trainer)))
+    assert equal(*map(snapshot, runs))
+    assert runs[1].accelerator.scaler.get_scale() == 2 ** (16 + 1 + 3 + 3)
 
 
 CASES = {"joint": {}, "at once": {"step_per_block": True, "anchor": 1.0}}

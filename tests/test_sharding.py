@@ -37,6 +37,14 @@ CASES = {
     },
     # Experts that one process uses and the other does not.
     "switch_transformers": {"args": FREE, "config": {"tied_weights": "freeze"}},
+    # A gradient that overflows in one part, where others have theirs.
+    "scaled": {
+        "specimen": "bert",
+        "scaled": {"growth_interval": 2},
+        "overflows": [[2], "bert.encoder.layer.2.attention.self.query"],
+        "args": FREE | {"save_strategy": "steps", "save_steps": 6},
+        "config": {"head_layers": 0},
+    },
     "without labels": {
         "specimen": "bert",
         "batch_size": 1,
@@ -108,6 +116,12 @@ class TestLaunched:
         skipped = [[[row.get("skipped_batches") for row in log["history"]] for log in logs] for logs in told]
         assert skipped[0] == skipped[1]
         assert any(count for rows in skipped[0] for count in rows)
+
+    def test_what_overflows_in_one_part_leaves_out_the_block(self, runs):
+        for name in ("scaled", "scaled, shared"):
+            assert logs_of(runs / name)[0]["history"][1]["block_1/overflows"] == 1
+            state = torch.load(runs / name / "checkpoint-6" / "scaler.pt")["blocks"]
+            assert [state[block]["scale"] / 2**16 for block in ("0", "1")] == [8, 2]
 
     def test_a_checkpoint_does_not_tell_how_it_was_made(self, runs):
         for name in RESUMED:

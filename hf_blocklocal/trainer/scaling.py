@@ -23,20 +23,20 @@ class ScalesBlocks(SpreadsBlocks):
 
     def _scale_per_block(self, optimizer: torch.optim.Optimizer) -> None:
         """Scale the losses of the blocks that are here, before accelerate prepares the optimizer."""
-        given, last = self.accelerator.scaler, self.assembly.last
-        if given is None or not given.is_enabled() or last == 0:
+        scaler = self.accelerator.scaler
+        if scaler is None or not scaler.is_enabled() or self.assembly.last == 0:
             return
         if self._spread is not None:
             check_leaves_out(optimizer)
-        step, chain = self.assembly.step, self._chain
-        self.accelerator.scaler = BlockScaler(
-            given,
-            dict(enumerate(self._blocks_here, 0 if chain is None else chain.block)),
-            at_work=lambda: last if step.at_work is None else step.at_work,
-            coupled=self.assembly.couples,
-            waits=self._spread is None,
-            add_up=None if self._sharded is None else self._sharded.sum,
-        )
+        if self._scaler is None:
+            waits, add_up = self._spread is None, None if self._sharded is None else self._sharded.sum
+            self.accelerator.scaler = BlockScaler(scaler, at_work=self._block_at_work, waits=waits, add_up=add_up)
+        first = 0 if self._chain is None else self._chain.block
+        self._scaler.begin_(dict(enumerate(self._blocks_here, first)), coupled=self.assembly.couples)
+
+    def _block_at_work(self) -> int:
+        block = self.assembly.step.at_work
+        return self.assembly.last if block is None else block
 
     def _unscale(self) -> None:
         """Divide gradients by what losses were multiplied with; a block that has overflowed has none after."""

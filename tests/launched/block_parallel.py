@@ -8,7 +8,9 @@ other batches), `raises`, `killed`, `stopped` and `silent` (rank and step, or ba
 `generates` (a prompt), `frozen` (a part of the model), `normalised` (whether its classifier starts with a batch norm),
 `noisy` (whether inputs are changed at random as they are read), `runs` (how often to train), `writes` (how to generate
 in predictions, where evaluations are to generate too), `patience` (evaluations without a better one, then it ends),
-`slow` (a rank, and seconds that each forward pass of an evaluation takes there), `unlabelled` (samples without label).
+`slow` (a rank, and seconds that each forward pass of an evaluation takes there), `unlabelled` (samples without label),
+`scaled` (how losses are scaled), `overflows` (steps, and the part of the model where a gradient overflows in them) and
+`half` (whether to compute in fp16).
 CLOCK_AHEAD in the environment is by how many seconds the clock of this machine is ahead of others.
 """
 
@@ -32,6 +34,7 @@ if "CLOCK_AHEAD" in os.environ:  # before anybody keeps it
     time.time = partial(lambda ahead, clock: ahead + clock(), float(os.environ["CLOCK_AHEAD"]), time.time)
 
 from menagerie import MENAGERIE
+from overflowing import HalvedTrainer, overflows, scaled
 from zoo import SPECIMENS as ZOO
 
 from hf_blocklocal import BlockLocalConfig, BlockLocalSeq2SeqTrainer, BlockLocalTrainer
@@ -191,9 +194,14 @@ def compare(prediction):
 def make(folder, case, config, rows, args):
     """Return the trainer of a case."""
     writes = "writes" in case
-    kind = partial(BlockLocalSeq2SeqTrainer, compute_metrics=compare) if writes else BlockLocalTrainer
+    kind = HalvedTrainer if case.get("half") else BlockLocalTrainer
+    kind = partial(BlockLocalSeq2SeqTrainer, compute_metrics=compare) if writes else kind
     read = Noisy(rows) if case.get("noisy") else rows
     trainer = kind(build(case), args, train_dataset=read, eval_dataset=rows[:11], block_local=config)
+    if "scaled" in case:
+        scaled(trainer, **case["scaled"])
+    if "overflows" in case:
+        overflows(trainer, *case["overflows"])
     if "patience" in case:
         trainer.add_callback(EarlyStoppingCallback(case["patience"]))
     return trainer
