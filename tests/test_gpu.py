@@ -53,8 +53,37 @@ def test_one_block_is_the_plain_trainer(precision, tmp_path):
         assert torch.equal(one.model.state_dict()[key], value), key
 
 
+class Overflowing(BlockLocalTrainer):
+    """Begins with a loss scale that is far too large."""
+
+    def create_accelerator_and_postprocess(self):
+        super().create_accelerator_and_postprocess()
+        self.accelerator.scaler = torch.amp.GradScaler("cuda", init_scale=2.0**24)
+
+
+def test_scales_that_are_too_large_are_lowered_whenever_blocks_are_stepped(tmp_path):
+    runs = [
+        run(
+            Overflowing,
+            tmp_path,
+            fp16=True,
+            full_determinism=True,
+            config=BlockLocalConfig(num_blocks=4, step_per_block=step_per_block),
+        )
+        for step_per_block in (False, True)
+    ]
+    states = [trainer.accelerator.scaler.state_dict() for trainer in runs]
+    assert states[0] == states[1]
+    assert states[0]["scale"] < 2**24
+    assert any("overflows" in key for key in runs[0].state.log_history[0])
+    for key, value in runs[0].assembly.module.state_dict().items():
+        assert value.isfinite().all(), key
+        assert torch.equal(runs[1].assembly.module.state_dict()[key], value), key
+
+
+@pytest.mark.parametrize("precision", [{}, {"fp16": True}])
 @pytest.mark.parametrize("name", ["bert", "gpt2"])
-def test_stepping_each_block_at_once_changes_no_bit(name, tmp_path):
+def test_stepping_each_block_at_once_changes_no_bit(name, precision, tmp_path):
     deferred, at_once = (
         run(
             BlockLocalTrainer,
@@ -62,6 +91,7 @@ def test_stepping_each_block_at_once_changes_no_bit(name, tmp_path):
             name=name,
             full_determinism=True,
             config=BlockLocalConfig(num_blocks=4, step_per_block=step_per_block),
+            **precision,
         )
         for step_per_block in (False, True)
     )

@@ -37,10 +37,21 @@ TWO = {
         "config": {"head_layers": 0, "head_refresh_steps": 3, "head_refresh_lag": 1},
     },
     "llama, borrowing": {"specimen": "llama", "args": SAVED, "config": {"chunked_loss": 5}},
+    "bert, fp16": {
+        "specimen": "bert",
+        "dropout": 0.1,
+        "overflows": [[2], "bert.encoder.layer.0.attention.self.query"],
+        "args": SAVED | {"fp16": True},
+        "config": {"head_layers": 0, "step_per_block": True},
+    },
+    "llama, fp16": {"specimen": "llama", "args": {"fp16": True}, "config": {"chunked_loss": 5}},
     "t5": {"specimen": "t5", "dropout": 0.1, "config": {"tied_weights": "freeze"}},
     "vit": {"specimen": "vit", "dropout": 0.1, "args": {"gradient_accumulation_steps": 2}, "config": {}},
 }
-CHAINS = {"bert in chains": {"specimen": "bert", "batch_size": 2, "dropout": 0.1, "config": {}}}
+CHAINS = {
+    "bert in chains": {"specimen": "bert", "batch_size": 2, "dropout": 0.1, "config": {}},
+    "bert in chains, fp16": {"specimen": "bert", "batch_size": 2, "args": {"fp16": True}, "config": {}},
+}
 PLACES = [*((name, "one", "two", 2) for name in TWO), *((name, "two", "four", 4) for name in CHAINS)]
 
 
@@ -89,7 +100,7 @@ def test_the_same_weights_and_metrics_as_in_one_process(runs, name, first, secon
         assert log["held"] < 0.85
 
 
-@pytest.mark.parametrize("name", ["bert", "llama, borrowing"])
+@pytest.mark.parametrize("name", ["bert", "bert, fp16", "llama, borrowing"])
 def test_a_checkpoint_of_one_process_is_resumed_by_two_and_back(runs, name, tmp_path):
     for here, there, processes in (("one", "two", 2), ("two", "one", 1)):
         case = settled(TWO[name], processes=processes) | {"resume": str(runs / here / name / "checkpoint-3")}

@@ -82,8 +82,9 @@ def test_weights_that_have_set_out_arrive_as_they_were():
 
 @pytest.mark.two_gpus
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+@pytest.mark.parametrize("precision", [{}, {"fp16": True}])
 @pytest.mark.parametrize("placement", ["auto", "devices"])
-def test_the_trainer_never_waits_between_two_logs(placement, tmp_path):
+def test_the_trainer_never_waits_between_two_logs(placement, precision, tmp_path):
     class NoWaiting(TrainerCallback):
         def on_step_begin(self, args, state, control, **kwargs):
             torch.cuda.set_sync_debug_mode("error" if state.global_step > 1 else "default")
@@ -96,7 +97,7 @@ def test_the_trainer_never_waits_between_two_logs(placement, tmp_path):
     device_map = "balanced" if placement == "auto" else None
     trainer = BlockLocalTrainer(
         kind.from_pretrained(tmp_path / "model", device_map=device_map),
-        arguments(tmp_path, use_cpu=False, max_steps=6, logging_steps=6),
+        arguments(tmp_path, use_cpu=False, max_steps=6, logging_steps=6, **precision),
         train_dataset=examples(SPECIMENS["llama"]),
         eval_dataset=examples(SPECIMENS["llama"], 2),
         block_local=BlockLocalConfig(placement=placement),

@@ -80,6 +80,16 @@ def test_nothing_is_said_of_skipping_where_nothing_was_skipped(skipped):
     assert ("skipped_batches" in pop(meter)) == bool(skipped)
 
 
+def test_steps_that_blocks_have_left_out_are_told_as_they_are_counted():
+    meter, alone = BlockLossMeter(), BlockLossMeter(alone=1)
+    meter.add(losses(1.0, 2.0), completes_step=True)
+    alone.add(losses(2.0), completes_step=True)
+    counts = {block: torch.tensor(float(count)) for block, count in enumerate([0, 3])}
+    told = meter.pop(2, CPU, world_size=1, overflows=counts)
+    assert told == {"block_0/loss": 1.0, "block_1/loss": 2.0, "block_1/overflows": 3.0}
+    assert alone.pop(2, CPU, world_size=1, overflows={1: counts[1]})["block_1/overflows"] == 6.0  # of two processes
+
+
 def test_halves_are_means_over_targets_and_do_not_mix_with_steps():
     meter = BlockLossMeter()
     first, second = torch.tensor([6.0, 2.0]), torch.tensor([4.0, 8.0])

@@ -7,7 +7,7 @@ import torch
 from overflowing import overflows, scaled
 from several_devices import Machine, device
 from test_parity import Stop, equal, examples
-from test_spreading import Watch, apart, state_of, trainer_of
+from test_spreading import Watch, apart, assert_logged_alike, state_of, trainer_of
 from torch import nn
 from training import make, snapshot
 from transformers import Trainer
@@ -240,6 +240,14 @@ def test_a_killed_run_goes_on_with_the_scale_of_every_block(tmp_path):
     assert len({state["scale"] for state in whole.accelerator.scaler.state_dict()["blocks"].values()}) == 2
 
 
+def test_a_run_goes_on_without_scales_from_one_that_had_them(tmp_path):
+    settings = {"config": OWN, "max_steps": 4, "save_strategy": "steps", "save_steps": 2}
+    whole = trained(scaled(make_four(tmp_path, **settings)))
+    resumed = make_four(tmp_path, **settings)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert equal(snapshot(whole), snapshot(resumed))
+
+
 @pytest.mark.parametrize("options", [{}, {"overlap": 1}])
 def test_a_run_after_one_that_was_interrupted_begins_with_its_scales_and_nothing_else(options, tmp_path):
     def interrupt(module, args):
@@ -269,7 +277,7 @@ def test_on_several_devices_nobody_waits_and_overflows_come_to_the_same(case, tm
 
     def run(config, **settings):
         trainer = scaled(trainer_of("bert", tmp_path, config, logging_steps=4, **settings), growth_interval=2)
-        return trained(overflows(trainer, [2], QUERY[1]))
+        return trained(overflows(trainer, [2, 4], QUERY[1]))
 
     one = run(BlockLocalConfig(**options))
     with machine.running():
@@ -279,8 +287,9 @@ def test_on_several_devices_nobody_waits_and_overflows_come_to_the_same(case, tm
     assert set(watch.waits) == {1, 2, 3, 4}
     assert not any(watch.waits.values())
     assert state == one.accelerator.scaler.state_dict()
-    for row in (one.state.log_history[0], several.state.log_history[0]):
-        assert {key: count for key, count in row.items() if "overflows" in key} == {"block_1/overflows": 1}
+    assert_logged_alike(several, one)
+    row = several.state.log_history[0]
+    assert {key: count for key, count in row.items() if "overflows" in key} == {"block_1/overflows": 2}
 
 
 def test_on_several_devices_other_optimizers_are_refused_with_it(tmp_path, monkeypatch):

@@ -45,8 +45,11 @@ class Ledger:
 
     @property
     def grad_norm(self) -> float:
-        """The norm of all blocks together in the last step. Waits for all devices."""
-        return total_norm(self._norms).item()
+        """The norm of all blocks together in the last step. Waits for all devices.
+
+        Blocks whose gradients are not finite do not count: either the step was left out, or `check` stops the run.
+        """
+        return total_norm([norm for norm in self._norms if norm.isfinite()]).item()
 
     def _note(self, what: str, block: int, value: Tensor, step: int) -> None:
         value = value.detach()

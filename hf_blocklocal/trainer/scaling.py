@@ -65,3 +65,8 @@ class ScalesBlocks(SpreadsBlocks):
         with gathered_at_first(self._chain, {}, self._scaler.state_dict()["blocks"]) as gathered:
             if self._chain.writes:
                 torch.save(state_of_all(gathered.said), Path(output_dir) / SCALER_NAME)
+
+    def _load_scaler(self, checkpoint: str | None) -> None:
+        """Read the scales where losses are scaled; without fp16, a run goes on from one that had it."""
+        if self.accelerator.scaler is not None:
+            super()._load_scaler(checkpoint)
