@@ -45,7 +45,7 @@ class BlockScaler:
         add_up: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
         self._given, self._at_work, self._add_up = given, at_work, add_up
-        self.waits = waits
+        self.waits, self._coupled = waits, False
         self._blocks: Mapping[int, Sequence[nn.Parameter]] = {}
         self._scalers: dict[int, Any] = {}
         self._looks: dict[int, _Look] = {}
