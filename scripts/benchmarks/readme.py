@@ -13,7 +13,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from readme_gpu import parts_of_a_gpu, small_gpu
 from readme_scaling import block_parallel, loading, pipelining, scale
 
 
@@ -71,8 +70,6 @@ def sections() -> dict[str, str]:
     }
     if (HERE / "results" / "block_parallel-cpu.json").is_file():
         result["block_parallel"] = "\n".join(block_parallel(*_with_place("block_parallel-cpu"))) + "\n"
-    if (HERE / "results" / "block_parallel-gpu.json").is_file():
-        result["block_parallel_gpu"] = "\n".join(parts_of_a_gpu(*_with_place("block_parallel-gpu"))) + "\n"
     if (HERE / "results" / "lora-cpu.json").is_file():
         result["lora"] = "\n".join(lora(load("lora-cpu"))) + "\n"
     if (HERE / "results" / "pipelining-cpu.json").is_file():
@@ -81,11 +78,8 @@ def sections() -> dict[str, str]:
         result["scale"] = "\n".join(scale(*_with_place("scale-cpu"))) + "\n"
     if (HERE / "results" / "loading-cpu.json").is_file():
         result["loading"] = "\n".join(loading(*_with_place("loading-cpu"))) + "\n"
-    if (HERE / "results" / "small_gpu-gpu.json").is_file():
-        result["small_gpu"] = "\n".join(small_gpu(*_with_place("small_gpu-gpu"))) + "\n"
-    if (HERE / "results" / "step_time-gpu.json").is_file():
-        on_gpu = [*memory(load("memory-gpu")), "", *step_time(load("step_time-gpu"))]
-        result["on_gpu"] = "\n".join(on_gpu) + "\n"
+    if (HERE / "results" / "memory-gpu.json").is_file():
+        result["memory_gpu"] = "\n".join(memory(load("memory-gpu"))) + "\n"
     if (HERE / "results" / "learning-cpu.json").is_file():
         result["learning"] = "\n".join(learning(load("learning-cpu"))) + "\n"
         result["learning_summary"] = "\n".join(learning_summary(load("learning-cpu"))) + "\n"
