@@ -57,6 +57,9 @@ class LostStore:
     def set(self, key, value):
         self._answer()
 
+    def compare_set(self, key, expected, value):
+        return self._answer()
+
     def check(self, keys):
         return self._answer()
 
@@ -82,28 +85,9 @@ def test_a_store_that_does_not_answer_is_not_waited_for_without_end():
     talking.stop()
 
 
-class Shelf:
-    """A store in memory."""
-
-    def __init__(self):
-        self.notices = {}
-
-    def clone(self):
-        return self
-
-    def set(self, key, value):
-        self.notices[key] = value.encode()
-
-    def get(self, key):
-        return self.notices[key]
-
-    def check(self, keys):
-        return all(key in self.notices for key in keys)
-
-
 def test_all_name_the_process_that_was_missed_first():
     """One that has ended because of another is not to be taken for the cause."""
-    store, names = Shelf(), [f"Block {block} (rank {block})" for block in range(3)]
+    store, names = dist.HashStore(), [f"Block {block} (rank {block})" for block in range(3)]
     lower, middle = (peers.Peers(store, rank=rank, names=names, timeout=0.5) for rank in (0, 1))
     middle.check(2)
     time.sleep(0.6)
@@ -115,8 +99,33 @@ def test_all_name_the_process_that_was_missed_first():
     middle.stop()
 
 
+class CrowdedStore(dist.HashStore):
+    """A store whose notices of failures go up between the look of another process and its own notice."""
+
+    def clone(self):
+        return self
+
+    def check(self, keys):
+        return keys != ["failed"] and super().check(keys)
+
+
+def test_neighbours_of_a_lost_machine_that_miss_different_processes_name_the_same(monkeypatch):
+    monkeypatch.setattr(peers, "_LAST_WORDS", 0.1)
+    store, names = CrowdedStore(), [f"Block {block} (rank {block})" for block in range(4)]
+    below, above = (peers.Peers(store, rank=rank, names=names, timeout=4.0) for rank in (0, 3))
+    with pytest.raises(BlockPeerError, match=r"^Block 2 \(rank 2\) is gone; .*\(broken pipe\)\. Block 3"):
+        above.check(2, OSError("broken pipe"))
+    with pytest.raises(BlockPeerError, match=r"^Block 2 \(rank 2\) is gone; .*\(broken pipe\)\. Block 0"):
+        below.check(1, OSError("connection reset"))
+    below.report(KeyError("too late to be the cause"))
+    with pytest.raises(BlockPeerError, match=r"^Block 2 \(rank 2\) is gone"):
+        above.check(2, OSError("broken pipe"))
+    below.stop()
+    above.stop()
+
+
 def test_nobody_stops_before_all_have_heard_that_they_are_to():
-    store = Shelf()
+    store = dist.HashStore()
     first, second = (peers.Peers(store, rank=rank, names=["Block 0", "Block 1"], timeout=4.0) for rank in (0, 1))
     second.stop()  # its ears are closed
     first.tell_to_stop()

@@ -39,6 +39,10 @@ class Board:
         """Put up a notice."""
         self._ask(self._store.set, key, value)
 
+    def set_first(self, key: str, value: str) -> bytes:
+        """Put up a notice where there is none yet, and read the one that is there then: one, whoever asks."""
+        return self._ask(self._store.compare_set, key, "", value)
+
     def get(self, key: str) -> bytes:
         """Read a notice, waiting until it is there."""
         return self._ask(self._store.get, key)

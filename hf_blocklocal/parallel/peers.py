@@ -26,6 +26,8 @@ _LAST_WORDS = 3.0
 _NOTICING = 5.0
 # Seconds from one look at the signs of life of all to the next, so that many processes do not crowd the store.
 _LOOK = 1.0
+# Under this name stands which process has failed or is missed, and how: the first that was named, for all.
+_CAUSE = "failed"
 
 
 class Peers:
@@ -59,10 +61,9 @@ class Peers:
     def report(self, error: BaseException) -> None:
         """Leave word of why this process fails, unless it fails because of another one."""
         if not isinstance(error, BlockPeerError):
-            said = {"rank": self._rank, "step": self.step, "error": f"{type(error).__name__}: {error}"[:2000]}
+            said = f"failed at step {self.step}: {type(error).__name__}: {error}"[:2000]
             with suppress(BlockPeerError):  # what has happened here is what its user is to read
-                self._board.set(f"failed/{self._rank}", json.dumps(said))
-                self._board.set("failed", str(self._rank))
+                self._name_cause(self._rank, said)
 
     def look_for_missing(self) -> None:
         """Wait for a sign of life of every process.
@@ -149,22 +150,21 @@ class Peers:
             self._miss(rank, f"has shown no sign of life for {silent:.0f} s; {self._where(rank)}")
 
     def _look_for_failures(self) -> None:
-        if not self._board.has("failed"):
-            return
-        for rank in range(len(self.names)):
-            if self._board.has(f"failed/{rank}"):
-                said = json.loads(self._board.get(f"failed/{rank}"))
-                self._give_up(rank, f"failed at step {said['step']}: {said['error']}")
-        # One that has ended because of another is not to be taken for the cause.
-        for rank in range(len(self.names)):
-            if self._board.has(f"missed/{rank}"):
-                self._give_up(rank, self._board.get(f"missed/{rank}").decode())
+        if self._board.has(_CAUSE):
+            self._give_up(*json.loads(self._board.get(_CAUSE)))
 
     def _miss(self, rank: int, what: str) -> NoReturn:
-        """Give up because of a process that leaves no word itself, and leave word of it in its place."""
-        self._board.set(f"missed/{rank}", what)
-        self._board.set("failed", str(rank))
-        self._give_up(rank, what)
+        """Give up because of a process that leaves no word itself, or of the one that was named before it."""
+        self._give_up(*self._name_cause(rank, what))
+
+    def _name_cause(self, rank: int, what: str) -> tuple[int, str]:
+        """Name the process that all end because of, and return the one that was named first.
+
+        Of a machine that is lost, each neighbour misses another process; and one that ends because of another is not
+        to be taken for the cause.
+        """
+        first, why = json.loads(self._board.set_first(_CAUSE, json.dumps([rank, what])))
+        return first, why
 
     def _give_up(self, rank: int, what: str) -> NoReturn:
         raise BlockPeerError(
