@@ -49,12 +49,12 @@ class RunsApart(FindsCheckpoints):
                 if self.assembly.copies is not None:
                     self.assembly.copies.fetch()
         except BaseException as error:
-            behind = self._told_to_others(error)
+            behind = self._cause_told_to_others(error)
             if behind is not error:
                 raise behind from error
             raise
 
-    def _told_to_others(self, error: BaseException) -> BaseException:
+    def _cause_told_to_others(self, error: BaseException) -> BaseException:
         """Return what is behind an error that ends this process, told to the others."""
         try:
             self._chain.explain(error)
@@ -90,8 +90,6 @@ class RunsApart(FindsCheckpoints):
         """Make up for the averaging of gradients over the copies of a block, not over all processes."""
         if self._chain is None:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch, **kwargs)
-        if self._in_company:
-            return 0 * super().compute_loss(model, inputs, False, None, **kwargs)
         with self._counted_here() as average:
             result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch, **kwargs)
         counts = getattr(self, "model_accepts_loss_kwargs", False) or self.compute_loss_func
@@ -100,34 +98,6 @@ class RunsApart(FindsCheckpoints):
         if not return_outputs:
             return result * self._chain.num_replicas
         return (result[0] * self._chain.num_replicas, *result[1:])
-
-    # Whether a micro-batch is run that has nothing to teach.
-    _in_company = False
-
-    def _keeps_company(self, *, learns: bool) -> bool:
-        """Tell whether a micro-batch without targets must be run, since others of this block wait for its layers."""
-        if self._sharded is None:
-            return False
-        learning = self._sharded.sum(torch.tensor([float(learns)], device=self.args.device))
-        return not learns and learning.item() > 0
-
-    def _with_any_labels(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
-        """Return a batch with labels that count, in place of those that do not."""
-        return {**inputs, **{name: torch.zeros_like(inputs[name]) for name in self.label_names if name in inputs}}
-
-    @contextmanager
-    def _company(self, keeps_company: bool) -> Iterator[None]:
-        """Let the last block learn nothing from its loss inside the `with`, if there is nothing to be learned."""
-        self._in_company = keeps_company
-        try:
-            with self._sharded.keeping_company() if keeps_company else nullcontext():
-                yield
-        finally:
-            self._in_company = False
-
-    def _backward_to_nothing(self, loss: Tensor, **options: Any) -> None:
-        """Run a backward pass that leaves gradients of zero."""
-        self.accelerator.backward(0 * loss, **options)
 
     @contextmanager
     def _counted_here(self) -> Iterator[bool]:
@@ -168,7 +138,7 @@ class RunsApart(FindsCheckpoints):
             self._stationing.announce(inputs, where)
 
     # Sum over optimizer steps of the last block's loss, as far as it has been logged.
-    _told = 0.0
+    _logged_loss = 0.0
 
     def _of_all_blocks(self, logs: Mapping[str, float], last_loss: float) -> dict[str, float]:
         """Return what one process would have logged, in place of what this one knows by itself."""
@@ -187,7 +157,7 @@ class RunsApart(FindsCheckpoints):
         """Return the mean loss of the last block over the steps of the run."""
         # transformers 5.17 does not note where a resumed run began, and divides by all steps.
         steps = self.state.global_step - getattr(self, "_initial_global_step", 0)
-        return {"train_loss": self._told / max(steps, 1)}
+        return {"train_loss": self._logged_loss / max(steps, 1)}
 
     def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
         """Save and stop, if this process has been told to end."""

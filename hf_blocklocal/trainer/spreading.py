@@ -102,7 +102,7 @@ class SpreadsBlocks(PlacesBlocks):
         else:
             self._ledger.note_losses(report, step)
 
-    def _told_to_parent(self, loss: Tensor) -> Tensor:
+    def _loss_for_parent(self, loss: Tensor) -> Tensor:
         """Return what the parent adds up: the loss, or zero where that is on a device it would have to wait for."""
         return loss if self._spread is None else torch.zeros((), device=self.args.device)
 

@@ -72,7 +72,7 @@ class BlockLocalMixin(EvaluatesBlocks, SavesBlocks, PushesRuns, ScalesBlocks, Wr
         self._updates = self._new_updates()
         self._meter = BlockLossMeter(None if self._chain is None else self._chain.block)
         self._micro_batch = 0
-        self._told = 0.0
+        self._logged_loss = 0.0
 
     @property
     def assembly(self) -> Assembly:
@@ -233,7 +233,7 @@ class BlockLocalMixin(EvaluatesBlocks, SavesBlocks, PushesRuns, ScalesBlocks, Wr
             self._meter.skip(completes_step=completes_step)
             return torch.zeros((), device=self.args.device)
         self._meter.add(report.losses, halves=report.halves, targets=report.targets, completes_step=completes_step)
-        return self._told_to_parent(report.losses[-1])
+        return self._loss_for_parent(report.losses[-1])
 
     def _global_step(self, inputs: dict[str, Any], num_items_in_batch: Any) -> Tensor:
         """Let all blocks learn from the model's own loss, as the parent does."""
@@ -303,7 +303,7 @@ class BlockLocalMixin(EvaluatesBlocks, SavesBlocks, PushesRuns, ScalesBlocks, Wr
             blocks, processes = self.assembly.cut.num_blocks, self.args.world_size
             overflows = None if self._scaler is None else self._scaler.overflows
             said = self._together(self._meter.pop, blocks, self.args.device, processes, overflows=overflows)
-            self._told += steps * said[last]
+            self._logged_loss += steps * said[last]
             logs |= (said | self._of_all_blocks(logs, said[last])) if "loss" in logs else self._of_run()
         super().log(logs, *args, **kwargs)
 
