@@ -1,10 +1,13 @@
-"""Bring together what the processes of block-parallel training hold: weights, predictions, results."""
+"""Bring named tensors of all blocks to one process, one at a time and only when it asks: weights, optimizer states.
+
+What is spread over the processes that hold the same block is made whole on the way.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field
 from typing import Any
 
 import torch
@@ -13,6 +16,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from hf_blocklocal.parallel.chain import Chain
+from hf_blocklocal.parallel.parcels import receive_bytes, send_bytes
 from hf_blocklocal.parallel.wire import TensorForm, decoded, encoded, put_together, take_apart
 
 
@@ -105,10 +109,10 @@ def gathered_at(chain: Chain, block: int, tensors: Mapping[str, Tensor], facts: 
 def _answer(chain: Chain, asking: int, tensors: Mapping[str, Tensor], facts: Any) -> None:
     """Say what there is, and send what is asked for."""
     group = chain.control_of_blocks
-    forms = [[name, *_form(tensor)] for name, tensor in tensors.items()]
+    forms = [[name, *astuple(TensorForm.of(tensor))] for name, tensor in tensors.items()]
     description, said = take_apart([forms, facts])
     assert not said, "facts are plain values"
-    _send_bytes(encoded({"value": description}), asking, group)
+    send_bytes(encoded({"value": description}), asking, group)
     here, place = list(tensors.values()), torch.empty(1, dtype=torch.int64)
     while True:
         dist.recv(place, asking, group=group)
@@ -149,115 +153,8 @@ def _follow(chain: Chain, tensors: Sequence[Tensor]) -> None:
 
 def _be_told(gathered: Gathered, rank: int) -> None:
     """Take down what another process has."""
-    forms, facts = put_together(decoded(_receive_bytes(rank, gathered.chain.control_of_blocks))["value"], [])
+    forms, facts = put_together(decoded(receive_bytes(rank, gathered.chain.control_of_blocks))["value"], [])
     for place, (name, dtype, shape) in enumerate(forms):
         gathered.forms[name] = TensorForm(dtype, tuple(shape))
         gathered._places[name] = (rank, place)
     gathered.said.append(facts)
-
-
-def gathered_from_chains(chain: Chain, content: bytes) -> list[bytes]:
-    """Return what the first processes of all chains have, in the one that writes checkpoints; nothing in the others.
-
-    Args:
-        chain: The place of this process, which is the first of its chain.
-        content: What it has.
-    """
-    assert chain.block == 0, "the other processes of a chain have nothing to say"
-    if chain.writes:
-        others = range(chain.num_blocks, chain.num_replicas * chain.num_blocks, chain.num_blocks)
-        return [content, *(bytes(chain.together(_receive_bytes, rank, chain.control).numpy()) for rank in others)]
-    chain.together(_send_bytes, torch.frombuffer(bytearray(content), dtype=torch.uint8), 0, chain.control)
-    return []
-
-
-def give_to_all(chain: Chain, tensors: Mapping[str, Tensor], names: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Give every process what the one that writes checkpoints has gathered, one tensor at a time.
-
-    Args:
-        chain: The place of this process.
-        tensors: What has been gathered, on the CPU; looked at only there.
-        names: Tensors of the same names, shapes and dtypes, values aside, in the same order in all processes.
-    """
-    given = {}
-    for name, form in names.items():
-        given[name] = tensors[name].contiguous() if chain.writes else TensorForm.of(form).empty(torch.device("cpu"))
-        chain.together(dist.broadcast, given[name], 0, group=chain.control)
-    return given
-
-
-def share_from_last(chain: Chain, value: Any, device: torch.device) -> Any:
-    """Give all processes of a chain what the one with the last block has.
-
-    Args:
-        chain: The place of this process.
-        value: What is to be shared; looked at only where the last block is.
-        device: Where the tensors in it are, or are to be.
-    """
-    description, tensors = take_apart(value) if chain.is_last else (None, [])
-    message = encoded({"value": description, "forms": [_form(tensor) for tensor in tensors]})
-    said, shared = chain.together(_share, chain, message, tensors, device)
-    return put_together(said["value"], shared)
-
-
-def _share(
-    chain: Chain, message: Tensor, tensors: Sequence[Tensor], device: torch.device
-) -> tuple[dict[str, Any], list[Tensor]]:
-    source, length = chain.last_rank, torch.tensor([len(message)])
-    dist.broadcast(length, source, group=chain.control_of_blocks)
-    if not chain.is_last:
-        message = torch.empty(int(length), dtype=torch.uint8)
-    dist.broadcast(message, source, group=chain.control_of_blocks)
-    said, shared = decoded(message), []
-    for place, (dtype, shape) in enumerate(said["forms"]):
-        tensor = tensors[place].contiguous() if chain.is_last else TensorForm(dtype, tuple(shape)).empty(device)
-        dist.broadcast(tensor, source, group=chain.blocks)
-        shared.append(tensor)
-    return said, shared
-
-
-def gather_samples(chain: Chain, value: Any, gradient_state: Any) -> Any:
-    """Put together what the chains have of a batch, without samples that only fill it.
-
-    Args:
-        chain: The place of this process.
-        value: Tensors with a first dimension of samples, nested in any way, of the same shapes in all chains.
-        gradient_state: accelerate's note of whether this is the last batch, and how many samples of it count.
-    """
-    if isinstance(value, Mapping):
-        return type(value)({key: gather_samples(chain, item, gradient_state) for key, item in value.items()})
-    if isinstance(value, tuple | list):
-        return type(value)(gather_samples(chain, item, gradient_state) for item in value)
-    if not isinstance(value, Tensor):
-        return value
-    if chain.num_replicas > 1:
-        parts = [torch.empty_like(value) for _ in range(chain.num_replicas)]
-        chain.together(dist.all_gather, parts, value.contiguous(), group=chain.replicas)
-        value = torch.cat(parts)
-    cut_off = gradient_state.end_of_dataloader and gradient_state.remainder > 0
-    return value[: gradient_state.remainder] if cut_off else value
-
-
-def sum_over_blocks(chain: Chain, values: Tensor) -> Tensor:
-    """Return the sum of a tensor over the processes of a chain."""
-    values = values.clone()
-    chain.together(dist.all_reduce, values, group=chain.blocks)
-    return values
-
-
-def _send_bytes(content: Tensor, rank: int, group: dist.ProcessGroup) -> None:
-    dist.send(torch.tensor([len(content)]), rank, group=group)
-    dist.send(content, rank, group=group)
-
-
-def _receive_bytes(rank: int, group: dist.ProcessGroup) -> Tensor:
-    length = torch.empty(1, dtype=torch.int64)
-    dist.recv(length, rank, group=group)
-    content = torch.empty(int(length), dtype=torch.uint8)
-    dist.recv(content, rank, group=group)
-    return content
-
-
-def _form(tensor: Tensor) -> tuple[str, tuple[int, ...]]:
-    form = TensorForm.of(tensor)
-    return form.dtype, form.shape

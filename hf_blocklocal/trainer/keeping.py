@@ -12,7 +12,8 @@ from tempfile import TemporaryDirectory
 from torch import Tensor
 from transformers.trainer import OPTIMIZER_NAME
 
-from hf_blocklocal.parallel.gathering import gathered_at_first, gathered_from_chains
+from hf_blocklocal.parallel.gathering import gathered_at_first
+from hf_blocklocal.parallel.parcels import gathered_from_chains
 from hf_blocklocal.parallel.pickled_file import placeholders_for, write_pickled
 from hf_blocklocal.parallel.shards import plain_values_in, state_of, tensors_in
 from hf_blocklocal.parallel.stationing import Whole

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from hf_blocklocal.blocks import EndOfBlock
 from hf_blocklocal.data_parallel import sum_over_processes
 from hf_blocklocal.errors import BlockPeerError
-from hf_blocklocal.parallel.gathering import sum_over_blocks
+from hf_blocklocal.parallel.pooling import sum_over_blocks
 from hf_blocklocal.trainer.resuming import FindsCheckpoints
 
 
