@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import replace
+from typing import Literal
 
 from hf_blocklocal.config import BlockLocalConfig
 from hf_blocklocal.errors import ConfigError
@@ -66,31 +67,51 @@ def settled(config: BlockLocalConfig, *, single_stack: bool, lends: bool = True)
     if config.num_blocks == 1:
         return config
     if config.head_layers is None:
-        own_head = _has_own_head(config, lends=lends, decoder_apart=not single_stack and config.blocks_apart)
-        config = replace(config, head_layers=0 if own_head else default_head_layers(config.num_blocks))
+        _check_heads_of_one_kind(config)
+        reason = _reason_for_own_heads(config, single_stack=single_stack, lends=lends)
+        if reason == "decoder apart":
+            _warn_of_encoder(config)
+        config = replace(config, head_layers=default_head_layers(config.num_blocks) if reason is None else 0)
     if config.head_bypass == "auto":
         runs_all = config.head_layers > 0 and not single_stack and not config.blocks_apart
         config = replace(config, head_bypass="straight_through" if runs_all else "skip")
     return refreshed(config) if config.borrows else config
 
 
-def _has_own_head(config: BlockLocalConfig, *, lends: bool, decoder_apart: bool) -> bool:
-    asked = next((name for name in OWN_HEAD if getattr(config, name) != getattr(BlockLocalConfig, name)), None)
+def _own_head_field(config: BlockLocalConfig) -> str | None:
+    """Return the first field that asks for heads with parameters of their own, if any does."""
+    return next((name for name in OWN_HEAD if getattr(config, name) != getattr(BlockLocalConfig, name)), None)
+
+
+def _reason_for_own_heads(
+    config: BlockLocalConfig, *, single_stack: bool, lends: bool
+) -> Literal["asked for", "cannot lend", "decoder apart"] | None:
+    """Return why heads have parameters of their own, or nothing if they borrow layers."""
     if config.head_bypass == "straight_through":
-        if asked is not None:
-            raise ConfigError(
-                f"head_bypass='straight_through' and {asked}={getattr(config, asked)!r} exclude each other: one is "
-                "for heads that borrow layers, the other asks for heads of their own. Leave one of the two out."
-            )
-        return False
-    if decoder_apart and lends and asked is None:
-        logger.warning(
-            "With %s, the blocks of an encoder-decoder learn from heads of their own. With those, a pretrained "
-            "encoder has come out worse than frozen (docs/learning.md): freeze it, or keep all blocks in one "
-            "process and on one device.",
-            config.apart_by,
+        return None
+    if _own_head_field(config) is not None:
+        return "asked for"
+    if not lends:
+        return "cannot lend"
+    return None if single_stack or not config.blocks_apart else "decoder apart"
+
+
+def _check_heads_of_one_kind(config: BlockLocalConfig) -> None:
+    asked = _own_head_field(config)
+    if config.head_bypass == "straight_through" and asked is not None:
+        raise ConfigError(
+            f"head_bypass='straight_through' and {asked}={getattr(config, asked)!r} exclude each other: one is "
+            "for heads that borrow layers, the other asks for heads of their own. Leave one of the two out."
         )
-    return asked is not None or not lends or decoder_apart
+
+
+def _warn_of_encoder(config: BlockLocalConfig) -> None:
+    logger.warning(
+        "With %s, the blocks of an encoder-decoder learn from heads of their own. With those, a pretrained "
+        "encoder has come out worse than frozen (docs/learning.md): freeze it, or keep all blocks in one "
+        "process and on one device.",
+        config.apart_by,
+    )
 
 
 def refreshed(config: BlockLocalConfig) -> BlockLocalConfig:
