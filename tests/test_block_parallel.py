@@ -34,7 +34,7 @@ WRITTEN = {**BEST, "metric_for_best_model": "written"}
 REFRESHED = {"head_refresh_steps": 10}
 # Cases of two processes, each with the block-parallel size that it gets there.
 TWO = {
-    "bert": {"specimen": "bert", "dropout": 0.1, "args": BEST, "config": {}},
+    "bert": {"specimen": "bert", "dropout": 0.1, "drift": 4, "args": BEST, "config": {}},
     "bert, own heads": {
         "specimen": "bert",
         "dropout": 0.1,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -321,6 +322,11 @@ def test_what_cannot_be_looked_at_is_refused_by_name(tmp_path):
     for every in (0, 1.5, True):
         with pytest.raises(UnsupportedSettingError, match="every must be a whole number"):
             DriftCallback(trainer, every=every)
+    apart = trainer_of("bert", tmp_path)
+    apart.block_local = replace(apart.block_local, block_parallel_size=2, head_refresh_steps=2, head_refresh_lag=1)
+    for kind in (GradientAlignmentCallback, LinearProbeCallback):
+        with pytest.raises(UnsupportedSettingError, match=f"{kind.__name__} runs the whole model, .*DriftCallback"):
+            kind(apart)
     ignored = SPECIMENS["bert"].batch(0)
     ignored["labels"] = torch.full_like(ignored["labels"], -100)
     with pytest.raises(TargetError, match="No label of the batch to look at counts"):

@@ -22,7 +22,7 @@ needs_torch = pytest.mark.skipif(
 FREE = {"max_grad_norm": 0}
 # Two chains of two blocks, with a copy of each block in both and with one between them.
 CASES = {
-    "bert": {"dropout": 0.1, "args": BEST | FREE, "config": {"anchor": 1.0}},
+    "bert": {"dropout": 0.1, "drift": 3, "args": BEST | FREE, "config": {"anchor": 1.0}},
     "gpt2": {"args": FREE, "generates": [[5, 6, 7]], "config": {"head_layers": 0, "block_lr_decay": 0.5}},
     "llama": {
         "args": FREE | {"bf16": True, "gradient_checkpointing": True},
@@ -51,6 +51,13 @@ CASES = {
         "unlabelled": [0, 3, 7, 8, 9, 14, 15, 20],
         "args": FREE | {"max_steps": 16},
         "config": {"head_layers": 0, "step_per_block": True},
+    },
+    "experts without labels": {
+        "specimen": "switch_transformers",
+        "batch_size": 1,
+        "unlabelled": [0, 3, 7, 8, 9, 14, 15, 20],
+        "args": FREE | {"max_steps": 16},
+        "config": {"tied_weights": "freeze"},
     },
 }
 # What is added up in another order: the norm of a block from its parts, and backward passes after they are averaged.
@@ -112,10 +119,19 @@ class TestLaunched:
             assert copy["owned"] - part["owned"] == pytest.approx(3 * copy["in_layers"] / 2, rel=0.02)
 
     def test_batches_without_labels_are_skipped_as_ever(self, runs):
-        told = [logs_of(runs / name) for name in ("without labels", "without labels, shared")]
-        skipped = [[[row.get("skipped_batches") for row in log["history"]] for log in logs] for logs in told]
-        assert skipped[0] == skipped[1]
-        assert any(count for rows in skipped[0] for count in rows)
+        for case in ("without labels", "experts without labels"):
+            told = [logs_of(runs / name) for name in (case, f"{case}, shared")]
+            skipped = [[[row.get("skipped_batches") for row in log["history"]] for log in logs] for logs in told]
+            assert skipped[0] == skipped[1]
+            assert any(count for rows in skipped[0] for count in rows)
+
+    def test_drift_is_that_of_copies_and_logged_by_the_first_process(self, runs):
+        """Its rows are among those that are compared above."""
+        for name in ("bert", "bert, shared"):
+            rows = [[row for row in log["history"] if "drift/block_0" in row] for log in logs_of(runs / name)]
+            assert [row["step"] for row in rows[0]] == [0, 3, 6]
+            assert all(0 < row[f"drift/block_{block}"] < 10 for row in rows[0][1:] for block in (0, 1))
+            assert not any(rows[1:])
 
     def test_what_overflows_in_one_part_leaves_out_the_block(self, runs):
         for name in ("scaled", "scaled, shared"):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Trainer
 
-from hf_blocklocal.callbacks.base import BlockCallback, collated, undisturbed
+from hf_blocklocal.callbacks.base import BlockCallback, check_whole_model_here, collated, undisturbed
 from hf_blocklocal.errors import TargetError, UnsupportedSettingError
 from hf_blocklocal.scaling import custom_loss
 from hf_blocklocal.step import StepReport
@@ -39,11 +39,13 @@ class GradientAlignmentCallback(BlockCallback):
 
     Raises:
         TargetError: If no label of the batch counts; when training starts.
-        UnsupportedSettingError: With `overlap`, where a gradient has no single block that it comes from.
+        UnsupportedSettingError: With `overlap`, where a gradient has no single block that it comes from; and where
+            every block has a process of its own.
     """
 
     def __init__(self, trainer: Trainer, batch: Mapping[str, Any] | None = None, *, every: int = 50) -> None:
         super().__init__(trainer, every=every)
+        check_whole_model_here(self)
         self.batch = batch
         overlap = trainer.block_local.overlap
         if overlap > 0:

@@ -22,8 +22,11 @@ from hf_blocklocal.probe import random_state_kept, with_own_generators
 class BlockCallback(TrainerCallback, ABC):
     """Looks at a `BlockLocalTrainer` at the start of a run, every n optimizer steps, and at the last one.
 
-    Several processes: the first looks while the others wait. A run that is resumed goes on with the rows of its
-    checkpoint, so it is not looked at once more where it starts.
+    Several processes: the first looks while the others wait, or all look where `all_look` is set, and the first logs.
+    A run that is resumed goes on with the rows of its checkpoint, so it is not looked at once more where it starts.
+
+    Attributes:
+        all_look: Whether `measure` needs all processes.
 
     Args:
         trainer: The `BlockLocalTrainer` to look at.
@@ -32,6 +35,8 @@ class BlockCallback(TrainerCallback, ABC):
     Raises:
         UnsupportedSettingError: If the trainer has no blocks, or `every` is not a positive whole number.
     """
+
+    all_look = False
 
     def __init__(self, trainer: Trainer, *, every: int) -> None:
         if not hasattr(type(trainer), "assembly"):
@@ -63,11 +68,29 @@ class BlockCallback(TrainerCallback, ABC):
             self._look(state, control)
 
     def _look(self, state: TrainerState, control: TrainerControl) -> None:
-        if state.is_world_process_zero and (seen := self.measure()):
+        if not (state.is_world_process_zero or self.all_look):
+            return
+        seen = self.measure()
+        if seen and state.is_world_process_zero:
             # Trainer.log takes back the wish for the log of the losses that may be due at this very step.
             should_log = control.should_log
             self.trainer.log(seen)
             control.should_log = should_log
+
+
+def check_whole_model_here(callback: BlockCallback) -> None:
+    """Refuse a callback that runs the whole model, where a process has only a block of it.
+
+    Raises:
+        UnsupportedSettingError: If every block has a process of its own.
+    """
+    size = callback.trainer.block_local.block_parallel_size
+    if size > 1:
+        raise UnsupportedSettingError(
+            f"{type(callback).__name__} runs the whole model, and with block_parallel_size={size} a process has one "
+            "block of it. Leave it out, or look at a run in one process: block_parallel_size=1. DriftCallback works "
+            "in both."
+        )
 
 
 @contextmanager

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Trainer
 
-from hf_blocklocal.callbacks.base import BlockCallback, collated, undisturbed
+from hf_blocklocal.callbacks.base import BlockCallback, check_whole_model_here, collated, undisturbed
 from hf_blocklocal.errors import TargetError, UnsupportedSettingError
 from hf_blocklocal.signals import first_tensor
 from hf_blocklocal.targets import Alignment, Targets, choose_alignment, read_targets
@@ -83,7 +83,8 @@ class LinearProbeCallback(BlockCallback):
 
     Raises:
         TargetError: If there are no examples with a target; when training starts.
-        UnsupportedSettingError: If the targets are not classes or tokens; when training starts.
+        UnsupportedSettingError: If every block has a process of its own. If the targets are not classes or tokens;
+            when training starts.
     """
 
     def __init__(
@@ -97,6 +98,7 @@ class LinearProbeCallback(BlockCallback):
         ridge: float = 1.0,
     ) -> None:
         super().__init__(trainer, every=every)
+        check_whole_model_here(self)
         self.datasets = (train_dataset, test_dataset)
         self.samples = samples
         self.ridge = ridge

@@ -101,6 +101,10 @@ class TakesStation(Trainer):
     def _parts(self) -> Mapping[nn.Parameter, nn.Parameter]:
         return {} if self._sharded is None else self._sharded.parts
 
+    def _sum_of_parts(self, values: Tensor) -> Tensor:
+        """Return the sum over the processes that share out this block of what each says of its parts."""
+        return values if self._sharded is None else self._sharded.sum(values)
+
     def _keep_own_shard(self, optimizer: torch.optim.Optimizer, *, given: bool) -> None:
         """Leave the optimizer only the parameters that this process trains."""
         if self._chain is not None:

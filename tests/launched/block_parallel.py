@@ -9,8 +9,8 @@ other batches), `raises`, `killed`, `stopped` and `silent` (rank and step, or ba
 `noisy` (whether inputs are changed at random as they are read), `runs` (how often to train), `writes` (how to generate
 in predictions, where evaluations are to generate too), `patience` (evaluations without a better one, then it ends),
 `slow` (a rank, and seconds that each forward pass of an evaluation takes there), `unlabelled` (samples without label),
-`scaled` (how losses are scaled), `overflows` (steps, and the part of the model where a gradient overflows in them) and
-`half` (whether to compute in fp16).
+`scaled` (how losses are scaled), `overflows` (steps, and the part of the model where a gradient overflows in them),
+`half` (whether to compute in fp16) and `drift` (steps from one look at it to the next).
 CLOCK_AHEAD in the environment is by how many seconds the clock of this machine is ahead of others.
 """
 
@@ -38,6 +38,7 @@ from overflowing import HalvedTrainer, overflows, scaled
 from zoo import SPECIMENS as ZOO
 
 from hf_blocklocal import BlockLocalConfig, BlockLocalSeq2SeqTrainer, BlockLocalTrainer
+from hf_blocklocal.callbacks import DriftCallback
 
 
 SPECIMENS = {**MENAGERIE, **ZOO}
@@ -204,6 +205,8 @@ def make(folder, case, config, rows, args):
         overflows(trainer, *case["overflows"])
     if "patience" in case:
         trainer.add_callback(EarlyStoppingCallback(case["patience"]))
+    if "drift" in case:
+        trainer.add_callback(DriftCallback(trainer, every=case["drift"]))
     return trainer
 
 
