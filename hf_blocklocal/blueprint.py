@@ -16,10 +16,11 @@ import torch
 import transformers
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig
 from transformers.models.auto import modeling_auto
 
-from hf_blocklocal.errors import UnsupportedSettingError
+from hf_blocklocal.errors import BlockLocalError, UnsupportedSettingError
 from hf_blocklocal.trace import LossTraits
 
 
@@ -86,16 +87,41 @@ def without_memory() -> Iterator[None]:
     """Make the tensors that are made inside the `with` fakes, which know their shape and type and hold nothing.
 
     Raises:
-        UnsupportedSettingError: If something inside needs values.
+        UnsupportedSettingError: If something inside needs values, or fails for want of them.
     """
     try:
-        with FakeTensorMode(allow_non_fake_inputs=True):
+        with FakeTensorMode(allow_non_fake_inputs=True), _ExpertsOfAnyType():
             yield
     except (DataDependentOutputException, DynamicOutputShapeException) as error:
         raise UnsupportedSettingError(
             f"This model asks for values on its way ({error}), which fake tensors do not have. Measure it with "
             "weights: --with-weights, if need be with fewer layers."
         ) from error
+    except RuntimeError as error:
+        if isinstance(error, BlockLocalError):
+            raise
+        said = (str(error) or type(error).__name__).splitlines()[0][:200]
+        raise UnsupportedSettingError(
+            f"This model does not run on fake tensors ({said}). Measure it with weights: --with-weights, if need be "
+            "with fewer layers."
+        ) from error
+
+
+class _ExpertsOfAnyType(TorchDispatchMode):
+    """Lets fake tensors of any type go through experts, as on a CPU.
+
+    Until torch's own fakes of these products, which ask for bfloat16 as some GPUs do, know the CPU's.
+    """
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        if func is not torch.ops.aten._grouped_mm.default:
+            return func(*args, **(kwargs or {}))
+        first, second, ends = args[:3]
+        if first.dim() == second.dim():  # a product for each group; of matrices, the groups share out the inner side
+            return first.new_empty(len(ends) if ends is not None else len(first), first.shape[-2], second.shape[-1])
+        return first.new_empty(first.shape[-2], second.shape[-1])
 
 
 def build_model(

@@ -1,14 +1,16 @@
 """Count floating-point operations, whoever computes them.
 
-`FlopCounterMode` also tells the modules apart, and for that it hooks into the gradients of all they are given. Under
-`torch.no_grad` that fails where an embedding is told to require gradients, as for checkpointing (BART).
+Torch's own counter leaves out the products of experts, each of which has rows of its own. And it tells modules apart:
+for that it hooks into the gradients of all they are given, which fails under `torch.no_grad` where an embedding is to
+require gradients, as for checkpointing (BART).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 
@@ -30,6 +32,13 @@ def operation_counter(formulas: Mapping[Any, Any] | None = None) -> FlopCounterM
     Args:
         formulas: Operations that torch's own counter does not know, with the function that counts each.
     """
-    counter = FlopCounterMode(display=False, custom_mapping=formulas)
+    known = {torch.ops.aten._grouped_mm: _products_of_groups, **(formulas or {})}
+    counter = FlopCounterMode(display=False, custom_mapping=known)
     counter.mod_tracker = _OneForAll()
     return counter
+
+
+def _products_of_groups(first: Sequence[int], second: Sequence[int], *_: Any, **__: Any) -> int:
+    """Count products of groups that share out a dimension; one that is not shared out comes first in both shapes."""
+    groups = first[0] if len(first) == len(second) == 3 else 1
+    return 2 * groups * first[-2] * first[-1] * second[-1]

@@ -11,7 +11,7 @@ from zoo import CLASSES, IGNORED, SPECIMENS
 
 from hf_blocklocal import BlockLocalConfig, assemble
 from hf_blocklocal.blueprint import Shape, build_inputs, build_model, loss_traits, read_config, task_of, without_memory
-from hf_blocklocal.errors import UnsupportedSettingError
+from hf_blocklocal.errors import NonFiniteLossError, UnsupportedSettingError
 from hf_blocklocal.memory import ActivationMeter
 from hf_blocklocal.partition import Span
 from hf_blocklocal.planning import Setting, measure_costs
@@ -19,7 +19,7 @@ from hf_blocklocal.watch import counter
 
 
 CASES = [
-    *[(name, {}) for name in ("bert", "bert_mlm", "gpt2", "llama", "vit")],
+    *[(name, {}) for name in ("bert", "bert_mlm", "gpt2", "llama", "mixtral", "vit")],
     *[(name, {"head_layers": 0}) for name in ("bert", "gpt2", "llama")],
     ("llama", {"head_layers": 1, "head_lens": True}),
     ("llama", {"head_layers": 0, "chunked_loss": 16}),
@@ -176,6 +176,31 @@ def test_a_model_that_asks_for_values_is_refused_and_measured_with_weights(borro
         planned(model, BlockLocalConfig(num_blocks=2), batch)
     costs = measure_costs(model, BlockLocalConfig(num_blocks=2), Setting(batch))
     assert all(layer.forward > 0 for layer in costs.layers)
+
+
+@pytest.mark.parametrize("name", ["gpt_oss", "qwen3_moe"])
+def test_experts_are_planned_whatever_their_type(name):
+    costs = planned(MENAGERIE[name].build(), BlockLocalConfig(num_blocks=2), full_length(MENAGERIE[name].batch(0)))
+    assert all(layer.backward == pytest.approx(2 * layer.forward, rel=0.2) for layer in costs.layers)
+
+
+def test_what_fails_on_fake_tensors_is_refused_and_not_what_has_a_message_of_its_own():
+    refused = r"does not run on fake tensors \(no kernel\)\. .*--with-weights"
+    with pytest.raises(UnsupportedSettingError, match=refused), without_memory():
+        raise RuntimeError("no kernel\nand a long explanation")
+    with pytest.raises(NonFiniteLossError, match="^block 0$"), without_memory():
+        raise NonFiniteLossError("block 0")
+
+
+def test_operations_of_experts_count_however_they_are_multiplied(borrow):
+    counted = []
+    for implementation in ("eager", "batched_mm", "grouped_mm"):
+        model = copy.deepcopy(borrow("mixtral"))
+        model.set_experts_implementation(implementation)
+        with counter() as flops:
+            model(**SPECIMENS["mixtral"].batch(0)).loss.backward()
+        counted.append(flops.get_total_flops())
+    assert counted[0] == counted[1] == counted[2]
 
 
 @pytest.mark.parametrize("values", [{"denoising": 1.0}, {"overlap": 1}, {"reconstruction": 0.5}])
