@@ -11,7 +11,7 @@ from hf_blocklocal.blocks import Cut
 from hf_blocklocal.config import BlockLocalConfig
 from hf_blocklocal.feedback import FeedbackHead
 from hf_blocklocal.history import STRAIGHT_PAST
-from hf_blocklocal.shortcut import borrowed_layers
+from hf_blocklocal.shortcut import borrowed_layers, learns_past_layers
 
 
 def table_of_blocks(
@@ -70,7 +70,7 @@ def taught_by(cut: Cut, config: BlockLocalConfig, heads: Sequence[FeedbackHead],
         through = ["a lens"] if head.lens is not None else []
         through += [f"layers {', '.join(map(str, layers_above))}"] if layers_above else []
         taught += f" through {' and '.join(through)}"
-        if config.head_bypass == "straight_through" and len(layers_above) < len(cut.layers) - cut.spans[block].stop:
+        if learns_past_layers(cut, block, config):
             taught += f", {STRAIGHT_PAST}"
     return taught
 

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from hf_blocklocal.anatomy import is_encoder_decoder
 from hf_blocklocal.blocks import Cut, Trail
+from hf_blocklocal.config import BlockLocalConfig
 from hf_blocklocal.copies import Copies
 from hf_blocklocal.lending import read_only, replaced_forward, run_inside, statistics_kept, statistics_of
 from hf_blocklocal.signals import beside_hidden, first_tensor, given_hidden
@@ -43,6 +44,12 @@ def borrowed_layers(cut: Cut, block: int, count: int) -> tuple[int, ...]:
     above = len(cut.layers) - first
     count = min(count, above)
     return tuple(first + (number + 1) * above // count - 1 for number in range(count))
+
+
+def learns_past_layers(cut: Cut, block: int, config: BlockLocalConfig) -> bool:
+    """Tell whether the head of a block learns with layers above it that it does not borrow."""
+    above = len(cut.layers) - cut.spans[block].stop
+    return config.head_bypass == "straight_through" and min(config.head_layers, above) < above
 
 
 class Shortcut:

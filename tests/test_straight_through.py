@@ -10,9 +10,10 @@ from training import make
 from transformers import SwinConfig, SwinForImageClassification
 from zoo import SPECIMENS
 
-from hf_blocklocal import BlockLocalConfig, assemble
+from hf_blocklocal import BlockLocalConfig, assemble, early_exit, truncate
 from hf_blocklocal.checkpoint import save_heads
 from hf_blocklocal.defaults import settled
+from hf_blocklocal.depth import measure_depths
 from hf_blocklocal.depth.opening import open_trained
 from hf_blocklocal.errors import ConfigError, UnsupportedSettingError
 from hf_blocklocal.signals import first_tensor
@@ -171,6 +172,30 @@ def test_a_model_that_was_trained_apart_is_opened_with_the_heads_that_it_had(tmp
     config = BlockLocalConfig(num_blocks=2, block_parallel_size=2)
     opened = open_trained(model, config=config, heads=tmp_path, inputs=batch)
     assert opened.assembly.config.head_layers == 0
+
+
+def test_whoever_asks_heads_to_do_without_the_layers_they_learned_with_is_warned(caplog):
+    model, batch = SPECIMENS["bert"].build(), SPECIMENS["bert"].batch(0)
+    past, skipping = (
+        assemble(model, BlockLocalConfig(boundaries=(2, 3), head_layers=1, head_bypass=bypass), batch)
+        for bypass in ("straight_through", "skip")
+    )
+    early_exit(skipping)
+    truncate(skipping, 1)
+    measure_depths(open_trained(skipping), [batch], count=False)
+    truncate(past, 2)  # its head borrows all that lies above
+    truncate(past, 1, keep_borrowed=False, calibration=[batch], steps=1)
+    assert "leave out" not in caplog.text
+    early_exit(past)
+    truncate(past, 1)
+    measure_depths(open_trained(past), [batch], count=False)
+    said = [record.getMessage() for record in caplog.records if "leave out" in record.getMessage()]
+    assert [text.split(" leave out")[0] for text in said] == [
+        "Early exits",
+        "Smaller models",
+        "Smaller models with what their heads borrow",
+    ]
+    assert all("straight_through', block 0): expect poor" in text and "head_bypass='skip'" in text for text in said)
 
 
 def test_a_single_block_has_no_heads_to_settle():

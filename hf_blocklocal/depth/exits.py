@@ -197,6 +197,7 @@ def early_exit(
             f"{' at every position' if task.per_position else ''}. To generate text faster, use truncate(...) as the "
             "assistant_model of generate()."
         )
+    opened.warn_of_heads("Early exits", range(opened.assembly.last))
     return EarlyExit(opened, threshold).eval()
 
 

@@ -127,6 +127,7 @@ def measure_depths(
         count: Whether to count operations.
     """
     cut, rows = opened.assembly.cut, []
+    opened.warn_of_heads("Smaller models with what their heads borrow", range(opened.assembly.last))
     for block, head in enumerate(opened.assembly.heads):
         for keep_borrowed in (True, False) if head.borrows else (True,):
             name = f"{block + 1} of {cut.num_blocks} blocks"

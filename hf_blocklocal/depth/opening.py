@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,12 +23,16 @@ from hf_blocklocal.config import BlockLocalConfig
 from hf_blocklocal.defaults import settled
 from hf_blocklocal.depth.example import example_batch
 from hf_blocklocal.errors import ConfigError, HeadsMismatchError, UnsupportedSettingError
+from hf_blocklocal.shortcut import learns_past_layers
 from hf_blocklocal.targets import Targets
 from hf_blocklocal.trace import evaluation_mode
 
 
 Source = Assembly | PreTrainedModel | str | os.PathLike[str]
 """A folder saved by block-local training, a model in memory, or `trainer.assembly`."""
+
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -48,6 +53,22 @@ class Opened:
     def model(self) -> PreTrainedModel:
         """The model."""
         return self.assembly.module.model
+
+    def warn_of_heads(self, what: str, blocks: Iterable[int]) -> None:
+        """Say so if heads are asked for something that they have not learned: to do without layers above them.
+
+        Args:
+            what: What they are asked for.
+            blocks: The blocks whose heads they are.
+        """
+        past = [block for block in blocks if learns_past_layers(self.assembly.cut, block, self.assembly.config)]
+        if past:
+            logger.warning(
+                "%s leave out layers with which the heads have learned (head_bypass='straight_through', block %s): "
+                "expect poor predictions. For models of several sizes, train with head_bypass='skip'.",
+                what,
+                ", ".join(map(str, past)),
+            )
 
     @torch.no_grad()
     def head_logits(self, block: int) -> Tensor:

@@ -109,6 +109,8 @@ def truncate(
     opened = open_trained(source, config=config, heads=heads, inputs=inputs)
     fit = None if calibration is None else Fit(calibration, steps, learning_rate)
     small, how = shortened(opened, num_blocks, keep_borrowed=keep_borrowed, fit=fit)
+    if keep_borrowed and num_blocks <= opened.assembly.last:
+        opened.warn_of_heads("Smaller models", [num_blocks - 1])
     logger.info("%d of %d blocks of %s: %s", num_blocks, opened.assembly.last + 1, type(small).__name__, how)
     if output is not None:
         save(small, output, companions_of=opened.folder)
