@@ -46,15 +46,6 @@ def equal(first, second):
     return first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
 
 
-class Stop(TrainerCallback):
-    def __init__(self, step):
-        self.step = step
-
-    def on_step_end(self, args, state, control, **kwargs):
-        if state.global_step == self.step:
-            raise KeyboardInterrupt
-
-
 @pytest.mark.parametrize("accumulation", [1, 2])
 @pytest.mark.parametrize("name", ["bert", "gpt2", "t5"])
 def test_one_block_is_the_plain_trainer_to_the_bit(name, accumulation, tmp_path):
@@ -117,34 +108,6 @@ def test_stepping_each_block_at_once_keeps_gradients_of_one_block_only(tmp_path)
     )
     trainer.train()
     assert alive == [[False, False, False, True]] * 2
-
-
-@pytest.mark.parametrize("step_per_block", [False, True])
-def test_a_run_killed_at_step_7_of_12_and_resumed_ends_with_the_same_bytes(step_per_block, tmp_path):
-    specimen = SPECIMENS["bert_mlm"]
-
-    def trainer(folder, *callbacks):
-        return BlockLocalTrainer(
-            with_dropout("bert_mlm"),
-            arguments(
-                tmp_path / folder, max_steps=12, save_strategy="steps", save_steps=5, gradient_accumulation_steps=2
-            ),
-            train_dataset=examples(specimen, batches=6),
-            callbacks=list(callbacks),
-            block_local=BlockLocalConfig(num_blocks=2, negatives=16, step_per_block=step_per_block),
-        )
-
-    whole = trainer("whole")
-    whole.train()
-    killed = trainer("killed", Stop(7))
-    with pytest.raises(KeyboardInterrupt):
-        killed.train()
-    resumed = trainer("killed")
-    resumed.train(resume_from_checkpoint=True)
-    assert equal(resumed.assembly.module.state_dict(), whole.assembly.module.state_dict())
-    for name in ("model.safetensors", "block_local_heads.safetensors", "optimizer.pt", "scheduler.pt"):
-        first, second = (tmp_path / folder / "checkpoint-12" / name for folder in ("whole", "killed"))
-        assert first.read_bytes() == second.read_bytes(), name
 
 
 def test_accumulating_micro_batches_gives_the_gradient_of_the_whole_batch(tmp_path):

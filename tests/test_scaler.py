@@ -6,10 +6,10 @@ import pytest
 import torch
 from overflowing import overflows, scaled
 from several_devices import Machine, device
-from test_parity import Stop, equal, examples
+from test_parity import equal, examples
 from test_spreading import Watch, apart, assert_logged_alike, state_of, trainer_of
 from torch import nn
-from training import make, snapshot
+from training import Stop, make, snapshot
 from transformers import Trainer
 from zoo import SPECIMENS
 

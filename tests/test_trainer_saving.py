@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 
 import pytest
 import torch
-from test_parity import Stop, arguments, equal, examples
-from training import make, snapshot
+from test_parity import arguments, equal, examples, with_dropout
+from training import make, snapshot, whole_and_resumed
 from transformers import TrainingArguments
 from zoo import SPECIMENS
 
@@ -69,24 +70,36 @@ def test_lora_adapters_learn_block_by_block(tmp_path):
     assert not (tmp_path / "model.safetensors").exists()
 
 
-def test_a_killed_run_of_adapters_resumes_to_the_bit(tmp_path):
+def adapted():
     peft = pytest.importorskip("peft")
+    torch.manual_seed(0)
+    lora = peft.LoraConfig(task_type="SEQ_CLS", r=4, lora_dropout=0.1, target_modules=["query", "value"])
+    return peft.get_peft_model(SPECIMENS["bert"].build(), lora)
 
-    def trainer(folder, *callbacks):
-        torch.manual_seed(0)
-        lora = peft.LoraConfig(task_type="SEQ_CLS", r=4, lora_dropout=0.1, target_modules=["query", "value"])
-        model = peft.get_peft_model(SPECIMENS["bert"].build(), lora)
-        saving = {"save_strategy": "steps", "save_steps": 5}
-        return make("bert", tmp_path / folder, model=model, max_steps=12, callbacks=list(callbacks), **saving)
 
-    whole = trainer("whole")  # a trainer seeds when it is made, so each is made right before its run
-    whole.train()
-    killed = trainer("killed", Stop(7))
-    with pytest.raises(KeyboardInterrupt):
-        killed.train()
-    resumed = trainer("killed")
-    resumed.train(resume_from_checkpoint=True)
+def in_two(**options):
+    """A masked language model with dropout, whose heads have parameters and draw negatives."""
+    config = BlockLocalConfig(num_blocks=2, negatives=16, **options)
+    rows = examples(SPECIMENS["bert_mlm"], batches=6)
+    build = partial(with_dropout, "bert_mlm")
+    return {"name": "bert_mlm", "build": build, "rows": rows, "config": config, "gradient_accumulation_steps": 2}
+
+
+@pytest.mark.parametrize(
+    ("settings", "weights"),
+    [
+        (in_two(), "model.safetensors"),
+        (in_two(step_per_block=True), "model.safetensors"),
+        ({"build": adapted}, "adapter_model.safetensors"),
+    ],
+    ids=["at the end", "at once", "adapters"],
+)
+def test_a_run_killed_at_step_7_of_12_and_resumed_ends_with_the_same_bytes(settings, weights, tmp_path):
+    whole, resumed = whole_and_resumed(tmp_path, killed_after=7, max_steps=12, save_steps=5, **settings)
     assert equal(snapshot(whole), snapshot(resumed))
+    for name in (weights, "block_local_heads.safetensors", "optimizer.pt", "scheduler.pt"):
+        first, second = (tmp_path / folder / "checkpoint-12" / name for folder in ("whole", "killed"))
+        assert first.read_bytes() == second.read_bytes(), name
 
 
 def test_a_model_can_be_saved_without_data(tmp_path):

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import pytest
-from test_parity import Stop, arguments, examples
+from test_parity import arguments, examples
+from transformers import TrainerCallback
 from zoo import SPECIMENS
 
 from hf_blocklocal import BlockLocalConfig, BlockLocalTrainer
@@ -34,15 +35,32 @@ def snapshot(trainer):
     return {key: value.clone() for key, value in trainer.assembly.module.state_dict().items()}
 
 
-def whole_and_resumed(folder, *, killed_after, **settings):
-    """Run once as a whole, and once killed and resumed, in the folders "whole" and "killed"."""
+class Stop(TrainerCallback):
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            raise KeyboardInterrupt
+
+
+def whole_and_resumed(folder, name="bert", *, killed_after, build=None, **settings):
+    """Run once as a whole, and once killed and resumed, in the folders "whole" and "killed".
+
+    A trainer seeds when it is made, so each is made right before its run; its model comes from `build`.
+    """
     settings = {"save_strategy": "steps", **settings}
-    whole, killed = (make("bert", folder / name, **settings) for name in ("whole", "killed"))
+
+    def trainer(place):
+        return make(name, folder / place, model=None if build is None else build(), **settings)
+
+    whole = trainer("whole")
     whole.train()
+    killed = trainer("killed")
     killed.add_callback(Stop(killed_after))
     with pytest.raises(KeyboardInterrupt):
         killed.train()
-    resumed = make("bert", folder / "killed", **settings)
+    resumed = trainer("killed")
     resumed.train(resume_from_checkpoint=True)
     return whole, resumed
 
