@@ -197,13 +197,22 @@ def memory(report: dict[str, Any]) -> list[str]:
         "",
         "All live tensors at their peak, gradients included, as a share of the plain `Trainer`'s:",
         "",
-        "| 12 layers | heads | gradient checkpointing | K=4 | K=4, `step_per_block=True` |",
-        "|---|---|---|---|---|",
     ]
+    both = "K=4, step_per_block, gradient checkpointing"
+    methods = {
+        "gradient checkpointing": "gradient checkpointing",
+        "K=4": "K=4",
+        "K=4, step_per_block": "K=4, `step_per_block=True`",
+        both: "the same, gradient checkpointing",
+        f"{both}, chunked_loss=64": "the same, `chunked_loss=64`",
+    }
+    methods = {name: title for name, title in methods.items() if any(method == name for _, method in rows)}
+    lines += [f"| 12 layers | heads | {' | '.join(methods.values())} |", f"|---|---|{'---|' * len(methods)}"]
     for model in models:
         for kind, ending in heads.items():
-            methods = ("gradient checkpointing", f"K=4{ending}", f"K=4, step_per_block{ending}")
-            cells = [format(rows[model, method]["shares"]["with_gradients"], ".2f") for method in methods]
+            endings = [name if name == "gradient checkpointing" else f"{name}{ending}" for name in methods]
+            found = [rows.get((model, name)) for name in endings]
+            cells = ["" if row is None else format(row["shares"]["with_gradients"], ".2f") for row in found]
             lines.append(f"| {model} | {kind} | {' | '.join(cells)} |")
     return lines
 
