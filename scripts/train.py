@@ -203,10 +203,14 @@ def add_card(trainer: Trainer, run: Run, source: Source | None) -> None:
 
 
 def add_diagnostics(trainer: Trainer, *, every: int) -> None:
-    """Look at every block as training goes on; the numbers go to the logs and to `trainer_state.json`."""
+    """Look at every block as training goes on; the numbers go to the logs and to `trainer_state.json`.
+
+    With a block per process only drift is to be seen: the other looks run the whole model, which no process has.
+    """
     from hf_blocklocal.callbacks import DriftCallback, GradientAlignmentCallback, LinearProbeCallback
 
-    for kind in (GradientAlignmentCallback, LinearProbeCallback, DriftCallback):
+    apart = trainer.block_local.block_parallel_size > 1
+    for kind in (DriftCallback,) if apart else (GradientAlignmentCallback, LinearProbeCallback, DriftCallback):
         trainer.add_callback(kind(trainer, every=every))
 
 

@@ -13,6 +13,8 @@ import torch
 from test_configs import script
 from transformers import AutoModelForSequenceClassification
 
+from hf_blocklocal import BlockLocalConfig
+
 
 ROOT = Path(__file__).parents[1]
 CONFIG = ROOT / "configs" / "train" / "quickstart.yaml"
@@ -113,3 +115,23 @@ def test_blocks_with_heads_of_their_own_take_half_of_it(prepared, environment, m
     script("train").main([str(CONFIG), *small, "block_local.head_layers=0", "examples=[]"])
     ours, plain = peaks(capsys.readouterr().out)
     assert ours < 0.5 * plain
+
+
+@pytest.mark.parametrize(
+    ("size", "names"),
+    [(1, ["GradientAlignmentCallback", "LinearProbeCallback", "DriftCallback"]), (2, ["DriftCallback"])],
+)
+def test_diagnostics_are_those_that_the_layout_can_show(size, names):
+    class Looked:
+        assembly = None
+        block_local = BlockLocalConfig(num_blocks=2, block_parallel_size=size)
+        train_dataset = eval_dataset = ()
+        model, _parts = torch.nn.Linear(1, 1), {}  # noqa: RUF012
+
+        def __init__(self):
+            self.callbacks = []
+            self.add_callback = self.callbacks.append
+
+    trainer = Looked()
+    script("train").add_diagnostics(trainer, every=3)
+    assert [type(callback).__name__ for callback in trainer.callbacks] == names
