@@ -268,7 +268,7 @@ def lora(report: dict[str, Any]) -> list[str]:
         f"{settings['budget']['num_train_epochs']} epochs",
         f"({where(report).replace(', one run', '')}). Mean ± standard deviation",
         f"over {settings['seeds']} seeds. °: the best learning rate is at the edge of the grid.",
-        f"Train times of one row differ by up to {spread:.1f} times: read them as rough.",
+        f"Train times of one row differ by up to {spread:.1f} times{': read them as rough' if spread > 1.5 else ''}.",
         "",
         f"| {' | '.join(HEADER)} |",
         f"|{'---|' * len(HEADER)}",
