@@ -1,5 +1,6 @@
 # make quickstart   fine-tune a real model block by block, beside plain backpropagation (about 4 minutes on 2 cores)
 # make test         run the tests, in as many processes as there are cores, at most 8 (make test WORKERS=0 for one)
+# make test-gpu     run the tests that need a GPU, or two where there are two
 # make lint         check style
 
 PYTHON ?= python3
@@ -10,7 +11,7 @@ export OMP_WAIT_POLICY ?= PASSIVE
 export GOMP_SPINCOUNT ?= 0
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: setup quickstart test lint benchmarks
+.PHONY: setup quickstart test test-gpu lint benchmarks
 
 setup: .venv/installed
 
@@ -28,6 +29,9 @@ quickstart: setup
 
 test: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder
+
+test-gpu: setup
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "gpu or two_gpus" --numprocesses 4 --dist loadfile
 
 lint: setup
 	$(BIN)/ruff check .

@@ -186,6 +186,7 @@ def test_meters_change_no_bit(name):
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_meters_count_on_a_gpu_what_its_allocator_does():
     weights = matrices(4).cuda()
     inputs = torch.randn(SIDE, SIDE, device="cuda")
