@@ -77,6 +77,18 @@ def alone():
     dist.destroy_process_group()
 
 
+def test_every_group_in_which_gpus_meet_is_connected_at_the_start(alone, monkeypatch):
+    connected, add_up = [], dist.all_reduce
+
+    def note(tensor, group):
+        connected.append(group)
+        add_up(tensor, group=group)
+
+    monkeypatch.setattr(dist, "all_reduce", note)
+    chain = alone()
+    assert connected == [dist.group.WORLD, chain.replicas, chain.blocks]
+
+
 def test_trainers_of_one_process_do_not_hear_each_others_failures(alone):
     first, second = alone(), alone()
     first.peers.report(ValueError("no such file"))

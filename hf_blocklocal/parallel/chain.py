@@ -283,7 +283,7 @@ def form_chains(num_blocks: int, device: torch.device, *, peer_timeout: float) -
         peers=peers,
         device=device,
     )
-    chain.together(_connect, [chain.replicas, chain.blocks], device)
+    chain.together(_connect, [dist.group.WORLD, chain.replicas, chain.blocks], device)
     outboxes, inboxes = chain.connect([(block, block + 1) for block in range(num_blocks - 1)])
     chain.outbox = next(iter(outboxes.values()), None)
     chain.inbox = next(iter(inboxes.values()), None)
@@ -292,7 +292,10 @@ def form_chains(num_blocks: int, device: torch.device, *, peer_timeout: float) -
 
 
 def _connect(groups: Sequence[dist.ProcessGroup], device: torch.device) -> None:
-    """Add up a first number in groups, so that none of them has to connect while a GPU waits; see `Link.greet`."""
+    """Add up a first number in groups, so that none of them has to connect while a GPU waits; see `Link.greet`.
+
+    In the group of all, too: logs and evaluations gather there, while messages of blocks are under way.
+    """
     for group in groups:
         dist.all_reduce(torch.zeros(1, device=device), group=group)
 
