@@ -1,7 +1,8 @@
 """Average the gradients of one block over the processes that hold a copy of it.
 
 Done by hand, block by block, because `DistributedDataParallel` expects one backward pass after one forward pass. The
-averaging of a block runs while the next block computes.
+averaging of a block runs while the next block computes. No number is read for that, which would make the host wait for
+its GPU, unless a parameter has no gradient here.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+
+from hf_blocklocal.crossing import sent
 
 
 class GradientAverager:
@@ -59,17 +62,19 @@ class _Bucket:
 
     def __init__(self, parameters: Sequence[nn.Parameter], group: dist.ProcessGroup | None) -> None:
         self.parameters = parameters
-        present = [parameter.grad is not None for parameter in parameters]
+        self.present = [parameter.grad is not None for parameter in parameters]
         pieces = [
             (parameter.grad if has else torch.zeros_like(parameter)).reshape(-1)
-            for parameter, has in zip(parameters, present, strict=True)
+            for parameter, has in zip(parameters, self.present, strict=True)
         ]
-        self.flat = torch.cat([*pieces, pieces[0].new_tensor(present)])
+        flags = sent(torch.tensor(self.present, dtype=pieces[0].dtype), pieces[0].device)
+        self.flat = torch.cat([*pieces, flags])
         self.work = dist.all_reduce(self.flat, async_op=True, group=group)
 
     def finish(self, world_size: int) -> None:
         self.work.wait()
-        flags = self.flat[-len(self.parameters) :].tolist()
+        # What has a gradient here has one: only where one is missing do the others matter.
+        flags = self.present if all(self.present) else self.flat[-len(self.parameters) :].tolist()
         sizes = [parameter.numel() for parameter in self.parameters]
         gradients = self.flat[: -len(self.parameters)].div_(world_size).split(sizes)
         for parameter, gradient, flag in zip(self.parameters, gradients, flags, strict=True):

@@ -11,7 +11,10 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
+from torch import nn
 
+from hf_blocklocal.data_parallel import GradientAverager
 from hf_blocklocal.history import HISTORY_NAME, StepTime, Training, read_history
 
 
@@ -35,6 +38,29 @@ CASES = {
     "gpt2": {"specimen": "gpt2", "config": {"num_blocks": 2, "negatives": None}},
     "llama, one block": {"specimen": "llama", "config": {"num_blocks": 1}},
 }
+
+
+@pytest.fixture
+def alone():
+    """Make this process the only one of its group."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("lacks_one", [False, True])
+def test_gradients_are_averaged_without_a_look_at_them_unless_one_is_missing(lacks_one, alone, monkeypatch):
+    looks, read = [], torch.Tensor.tolist
+    monkeypatch.setattr(torch.Tensor, "tolist", lambda tensor: looks.append(tensor) or read(tensor))
+    parameters = [nn.Parameter(torch.ones(2, 2)), nn.Parameter(torch.ones(3))]
+    parameters[0].grad = torch.full((2, 2), 4.0)
+    parameters[1].grad = None if lacks_one else torch.full((3,), 6.0)
+    averager = GradientAverager(2)  # the other one adds nothing
+    averager.start(parameters)
+    averager.finish()
+    assert torch.equal(parameters[0].grad, torch.full((2, 2), 2.0))
+    assert (parameters[1].grad is None) if lacks_one else torch.equal(parameters[1].grad, torch.full((3,), 3.0))
+    assert len(looks) == lacks_one
 
 
 def free_port():
