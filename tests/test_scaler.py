@@ -10,7 +10,7 @@ from test_parity import equal, examples
 from test_spreading import Watch, apart, assert_logged_alike, state_of, trainer_of
 from torch import nn
 from training import Stop, make, snapshot
-from transformers import Trainer
+from transformers import Trainer, TrainerCallback
 from zoo import SPECIMENS
 
 from hf_blocklocal import BlockLocalConfig
@@ -162,6 +162,19 @@ def trained(trainer):
     return trainer
 
 
+class FarApart(TrainerCallback):
+    """Lets the blocks of a run begin with scales that are far apart, where each has its own."""
+
+    def __init__(self, trainer):
+        self.trainer = trainer
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        scaler = self.trainer.accelerator.scaler
+        state = scaler.state_dict()
+        blocks = {block: each | {"scale": 2.0 ** (8 + 4 * int(block))} for block, each in state["blocks"].items()}
+        scaler.load_state_dict(state | {"blocks": blocks})
+
+
 @pytest.mark.parametrize(
     ("name", "options", "settings"),
     [
@@ -172,15 +185,26 @@ def trained(trainer):
         ("bert", {"global_every": 2}, {}),
         ("bert", {"head_layers": 0, "feedback": "chained"}, {"max_grad_norm": 0}),
         ("bert", {"head_warmup_steps": 1}, {"optim": "adafactor"}),
+        ("bert", {"reconstruction": 0.5, "denoising": 0.5}, {}),
+        ("gpt2", {"tied_weights": "untie", "head_bypass": "straight_through"}, {}),
+        ("gpt2", {"tied_weights": "freeze", "head_layers": 0, "negatives": 3}, {}),
     ],
 )
 def test_scaled_losses_teach_the_same_to_the_bit(name, options, settings, tmp_path):
-    """Scales are powers of two: in float32 nothing is rounded, as long as nothing overflows."""
+    """Scales are powers of two: in float32 nothing is rounded, as long as nothing overflows.
+
+    A gradient that reaches a block from the loss of another one would be divided by another scale than it was
+    multiplied with.
+    """
     plain = trained(make_four(tmp_path, name, config=options, **settings))
-    ours = trained(scaled(make_four(tmp_path, name, config=options, **settings), growth_interval=1))
+    ours = scaled(make_four(tmp_path, name, config=options, **settings), growth_interval=1)
+    ours.add_callback(FarApart(ours))
+    trained(ours)
     assert equal(snapshot(plain), snapshot(ours))
     assert plain.state.log_history[:-1] == ours.state.log_history[:-1]
-    assert ours.accelerator.scaler.get_scale() > 2**16
+    scales = [state["scale"] for state in ours.accelerator.scaler.state_dict()["blocks"].values()]
+    assert len(set(scales)) == (1 if ours.assembly.couples else 4)
+    assert min(scales) > 2**8
 
 
 def test_a_single_block_keeps_the_scaler_of_the_trainer(tmp_path):
