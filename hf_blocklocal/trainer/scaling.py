@@ -52,11 +52,6 @@ class ScalesBlocks(SpreadsBlocks):
         self._scaler.settle_(block)
         return self._scaler.left_out_if_lost(block, optimizer)
 
-    @property
-    def _overflow_is_left_out(self) -> bool:
-        """Whether gradients that are not finite are still there, and the scaler sees to it that none is stepped."""
-        return self.accelerator.scaler is not None and (self._scaler is None or not self._scaler.waits)
-
     def _save_scaler(self, output_dir: str) -> None:
         """Write what one process would have written."""
         if self._chain is None or self._scaler is None:

@@ -292,8 +292,8 @@ class BlockLocalMixin(EvaluatesBlocks, SavesBlocks, PushesRuns, ScalesBlocks, Wr
 
     @property
     def _checked_step(self) -> int | None:
-        """The step under way, where a gradient that is not finite is an error."""
-        checked = self.assembly.last > 0 and not self._overflow_is_left_out
+        """The step under way, where a gradient that is not finite is an error; a scaler has looked at it already."""
+        checked = self.assembly.last > 0 and self.accelerator.scaler is None
         return self.state.global_step + 1 if checked else None
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
