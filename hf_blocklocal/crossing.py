@@ -73,14 +73,24 @@ def set_out(tensor: Tensor, device: torch.device) -> Underway:
         return Underway(tensor.to(device, non_blocking=True, copy=True), queue.record_event())
 
 
+def queue_here(device: torch.device) -> torch.cuda.Stream | None:
+    """Return the queue that this thread hands its work to; None elsewhere than on a GPU."""
+    return torch.cuda.current_stream(device) if device.type == "cuda" else None
+
+
+def queue_apart(device: torch.device) -> torch.cuda.Stream | None:
+    """Return a queue beside that of the computation; None elsewhere than on a GPU."""
+    return torch.cuda.Stream(device) if device.type == "cuda" else None
+
+
 @contextmanager
-def working_apart(device: torch.device) -> Iterator[None]:
-    """Give this thread a queue of its own on its GPU inside the `with`, beside that of the computation."""
-    if device.type != "cuda":
+def working_in(queue: torch.cuda.Stream | None) -> Iterator[None]:
+    """Let this thread hand its work to a queue inside the `with`, if there is one."""
+    if queue is None:
         yield
         return
-    torch.cuda.set_device(device)
-    with torch.cuda.stream(torch.cuda.Stream(device)):
+    torch.cuda.set_device(queue.device)
+    with torch.cuda.stream(queue):
         yield
 
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from hf_blocklocal.parallel import stream
+from hf_blocklocal.parallel.meetings import Meetings
 from hf_blocklocal.parallel.stream import Inbox, Link, Outbox
 
 
@@ -89,3 +90,12 @@ def test_memory_of_what_has_come_is_kept_until_it_has_been_used(under_way):
     assert [total.item() for total in sums] == expected
     outbox.close()
     inbox.close()
+
+
+def test_what_is_done_together_follows_what_its_caller_has_handed_in():
+    meetings = Meetings(lambda: None, lambda _error: None, torch.device("cuda", 0))
+    with torch.cuda.stream(torch.cuda.Stream()):
+        torch.cuda._sleep(LONG // 8)
+        late = numbers(1)
+        total = meetings.run(late.sum)
+    assert total.item() == numbers(1).sum().item()

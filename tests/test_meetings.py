@@ -10,8 +10,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from hf_blocklocal.errors import BlockPeerError
-from hf_blocklocal.parallel.chain import form_chains
+from hf_blocklocal.errors import BlockPeerError, UnsupportedSettingError
+from hf_blocklocal.parallel.chain import _check_queues, form_chains
 from hf_blocklocal.parallel.leaving import Leaving
 from hf_blocklocal.parallel.meetings import Meetings
 
@@ -87,6 +87,18 @@ def test_every_group_in_which_gpus_meet_is_connected_at_the_start(alone, monkeyp
     monkeypatch.setattr(dist, "all_reduce", note)
     chain = alone()
     assert connected == [dist.group.WORLD, chain.replicas, chain.blocks]
+
+
+@pytest.mark.parametrize("connections", [None, "8", "1"])
+def test_a_gpu_with_a_single_queue_is_refused(connections, monkeypatch):
+    if connections is not None:
+        monkeypatch.setenv("CUDA_DEVICE_MAX_CONNECTIONS", connections)
+    _check_queues(CPU)
+    if connections != "1":
+        _check_queues(torch.device("cuda", 0))
+        return
+    with pytest.raises(UnsupportedSettingError, match="CUDA_DEVICE_MAX_CONNECTIONS=1 and a block per process exclude"):
+        _check_queues(torch.device("cuda", 0))
 
 
 def test_trainers_of_one_process_do_not_hear_each_others_failures(alone):

@@ -31,6 +31,8 @@ from hf_blocklocal.parallel.stream import Inbox, Link, Outbox
 
 # Between two runs nobody sends for as long as a user likes; who is lost is found out otherwise.
 _PATIENCE = timedelta(days=7)
+# Numbers that NCCL sends as it sends large tensors.
+_LARGE = 1 << 20
 # Trainers are made in the same order in all processes, so a number tells what one has said from what another has.
 _NUMBERS = count()
 
@@ -254,7 +256,8 @@ def form_chains(num_blocks: int, device: torch.device, *, peer_timeout: float) -
         peer_timeout: Seconds without a sign of life after which a process counts as lost.
 
     Raises:
-        UnsupportedSettingError: If the number of processes is not a multiple of the number of blocks.
+        UnsupportedSettingError: If the number of processes is not a multiple of the number of blocks, or a GPU is to
+            have a single queue.
     """
     world = dist.get_world_size() if dist.is_initialized() else 1
     if world % num_blocks != 0:
@@ -268,6 +271,7 @@ def form_chains(num_blocks: int, device: torch.device, *, peer_timeout: float) -
     store = dist.PrefixStore(f"hf_blocklocal/{next(_NUMBERS)}", dist.distributed_c10d._get_default_store().clone())
     names = names_of(machines_of_all(store), num_blocks)
     check_reachable()
+    _check_queues(device)
     mesh = init_device_mesh(device.type, (world // num_blocks, num_blocks), mesh_dim_names=("replica", "block"))
     peers = Peers(store, rank=rank, names=names, timeout=peer_timeout)
     chain = Chain(
@@ -294,10 +298,28 @@ def form_chains(num_blocks: int, device: torch.device, *, peer_timeout: float) -
 def _connect(groups: Sequence[dist.ProcessGroup], device: torch.device) -> None:
     """Add up a first number in groups, so that none of them has to connect while a GPU waits; see `Link.greet`.
 
-    In the group of all, too: logs and evaluations gather there, while messages of blocks are under way.
+    In the group of all, too: logs and evaluations gather there, while messages of blocks are under way. NCCL connects
+    once more for what is large, and for what is gathered.
     """
     for group in groups:
         dist.all_reduce(torch.zeros(1, device=device), group=group)
+        if dist.get_backend(group) != "gloo":
+            large = torch.zeros(dist.get_world_size(group), _LARGE, device=device)
+            dist.all_reduce(large, group=group)
+            dist.all_gather_into_tensor(large, large[0].clone(), group=group)
+
+
+def _check_queues(device: torch.device) -> None:
+    """Refuse a GPU with a single queue, in which a message would stand behind an average that waits for it.
+
+    Raises:
+        UnsupportedSettingError: If the environment asks for one.
+    """
+    if device.type == "cuda" and os.environ.get("CUDA_DEVICE_MAX_CONNECTIONS") == "1":
+        raise UnsupportedSettingError(
+            "CUDA_DEVICE_MAX_CONNECTIONS=1 and a block per process exclude each other: messages travel while a block "
+            "computes, which takes a queue of their own on the GPU. Unset it, or set it to 8, which is CUDA's default."
+        )
 
 
 def _own_group(members: Sequence[range]) -> dist.ProcessGroup:

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from hf_blocklocal.crossing import settle
+from hf_blocklocal.crossing import queue_here, settle, working_in
 
 
 _POLL = 0.1
@@ -56,23 +56,23 @@ class Meetings:
         return meeting.result
 
     def _work(self) -> None:
-        if self._device.type == "cuda":
-            torch.cuda.set_device(self._device)
         while True:
             self._tasks.get()()
 
 
 class _Meeting:
+    """Something to be done in the thread as the caller would: in its queue on a GPU, with gradients if it has them."""
+
     def __init__(self, task: Callable[[], Any], device: torch.device) -> None:
         self.over = threading.Event()
         self.result: Any = None
         self.error: BaseException | None = None
         self._task, self._device = task, device
-        self._grad = torch.is_grad_enabled()
+        self._grad, self._queue = torch.is_grad_enabled(), queue_here(device)
 
     def hold(self) -> None:
         try:
-            with torch.set_grad_enabled(self._grad):
+            with torch.set_grad_enabled(self._grad), working_in(self._queue):
                 self.result = self._task()
                 settle(self._device)
         except BaseException as error:  # noqa: BLE001 - whatever it is, the thread that computes must hear of it

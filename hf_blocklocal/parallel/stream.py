@@ -22,7 +22,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from hf_blocklocal.crossing import claim, into_main_memory, ready, settle, working_apart
+from hf_blocklocal.crossing import claim, into_main_memory, queue_apart, ready, settle, working_in
 from hf_blocklocal.errors import OutOfStepError
 from hf_blocklocal.parallel.wire import TensorForm, decoded, encoded, put_together, take_apart
 
@@ -113,6 +113,7 @@ class _Worker:
         self.waited = 0.0
         self.waits: deque[tuple[float, float]] = deque(maxlen=_REMEMBERED)
         self._queue: queue.Queue[Any] = queue.Queue(DEPTH)
+        self._apart = queue_apart(link.device)
         self.error: BaseException | None = None
         self._thread: threading.Thread | None = None
 
@@ -126,7 +127,7 @@ class _Worker:
 
     def _work(self) -> None:
         try:
-            with working_apart(self.link.device):
+            with working_in(self._apart):
                 self._run()
         except BaseException as error:  # noqa: BLE001 - whatever it is, the process that computes must hear of it
             self.error = error

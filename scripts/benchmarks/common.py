@@ -261,16 +261,17 @@ def _plain(value: Any) -> Any:
 def _commit() -> str:
     """Return the commit that is checked out, marked if tracked files differ from it.
 
-    Where only the files of a checkout are at hand, the environment says which one it is, in COMMIT.
+    Where only the files of a checkout are at hand, HF_BLOCKLOCAL_COMMIT in the environment says which one it is.
     """
-    if "COMMIT" in os.environ:
-        return os.environ["COMMIT"]
 
     def git(*words: str) -> str:
         return subprocess.run(["git", *words], cwd=HERE, capture_output=True, text=True, check=True).stdout.strip()
 
-    changed = git("status", "--porcelain", "--untracked-files=no")
-    return git("rev-parse", "HEAD") + (" with changes" if changed else "")
+    try:
+        changed = git("status", "--porcelain", "--untracked-files=no")
+        return git("rev-parse", "HEAD") + (" with changes" if changed else "")
+    except (OSError, subprocess.CalledProcessError):
+        return os.environ.get("HF_BLOCKLOCAL_COMMIT", "unknown, the files are no checkout")
 
 
 def _machine(device: str, threads: int) -> dict[str, Any]:
