@@ -18,6 +18,7 @@ from hf_blocklocal.errors import (
     TargetError,
     UnsupportedSettingError,
 )
+from hf_blocklocal.step import StepReport
 
 
 def test_an_optimizer_and_scheduler_of_ones_own_are_refused(tmp_path):
@@ -121,6 +122,15 @@ def test_a_last_block_without_trainable_parameters_is_refused(tmp_path):
     model.model.layers[0].requires_grad_(True)
     with pytest.raises(UnsupportedSettingError, match="Block 1 .* has no trainable parameter"):
         make("llama", tmp_path, model=model).train()
+
+
+@pytest.mark.parametrize("step_per_block", [False, True])
+def test_losses_are_read_once_in_a_step_because_reading_waits_for_a_gpu(step_per_block, tmp_path, monkeypatch):
+    reads, check = [], StepReport.check_finite
+    monkeypatch.setattr(StepReport, "check_finite", lambda self, step: (reads.append(step), check(self, step)))
+    config = BlockLocalConfig(num_blocks=4, step_per_block=step_per_block, head_layers=0)
+    make("bert", tmp_path, config=config).train()
+    assert reads == list(range(1, len(reads) + 1))
 
 
 @pytest.mark.parametrize("step_per_block", [False, True])

@@ -98,6 +98,7 @@ class SpreadsBlocks(PlacesBlocks):
         """Stop before a loss that is not a number reaches a weight; with several devices, note it for the next log."""
         step = self.state.global_step + 1
         if self._spread is None:
+            self._wait_for_shared_layers()
             report.check_finite(step)
         else:
             self._ledger.note_losses(report, step)

@@ -146,6 +146,11 @@ class TakesStation(Trainer):
         """Run what processes do together, and return what it returns; a chain looks around while it waits."""
         return function(*args, **kwargs) if self._chain is None else self._chain.together(function, *args, **kwargs)
 
+    def _wait_for_shared_layers(self) -> None:
+        """Wait until a GPU has brought together all layers that it was told to; a chain looks around meanwhile."""
+        if self._sharded is not None:
+            self._together(lambda: None)
+
     def _meet(self) -> None:
         """Wait until all processes of chains are here, so that the parent's collectives cannot wait for a lost one."""
         if self._chain is not None:

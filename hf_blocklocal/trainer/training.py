@@ -20,6 +20,7 @@ from hf_blocklocal.bootstrap import bootstrap_weight
 from hf_blocklocal.compilation import layers_compiled
 from hf_blocklocal.config import BlockLocalConfig
 from hf_blocklocal.data_parallel import broadcast_from_first
+from hf_blocklocal.errors import NonFiniteLossError
 from hf_blocklocal.evaluation import BlockScores
 from hf_blocklocal.meters import BlockLossMeter
 from hf_blocklocal.optim import add_heads_, check_steps_by_block
@@ -266,10 +267,13 @@ class BlockLocalMixin(EvaluatesBlocks, SavesBlocks, PushesRuns, ScalesBlocks, Wr
         self._updates.average(parameters, wait=block == self.assembly.last or at_once or alone)
         if block < self.assembly.last and at_once:
             optimizer, max_norm = self._inner_optimizer, self.args.max_grad_norm or float("inf")
-            self._check_finite(report)
-            with self._settled(block, optimizer):
-                step = self._checked_step
-                self._updates.step_(block, parameters, optimizer, max_norm=max_norm, checked_step=step)
+            try:
+                with self._settled(block, optimizer):
+                    step = self._checked_step
+                    self._updates.step_(block, parameters, optimizer, max_norm=max_norm, checked_step=step)
+            except NonFiniteLossError:
+                self._check_finite(report)  # says more, and is looked at only now: reading it waits for a GPU
+                raise
 
     def _skip_batch(self, *, in_global_step: bool) -> Tensor:
         """Learn nothing from a micro-batch without targets, but keep the other processes company."""
