@@ -67,7 +67,7 @@ def ran(tmp_path_factory):
 
 
 def test_every_python_block_runs(ran):
-    assert len(ran[0]) == len(blocks("python")) == 13
+    assert len(ran[0]) == len(blocks("python")) == 14
 
 
 def test_a_polish_with_adapters_ends_in_an_ordinary_checkpoint_with_other_weights(ran):
