@@ -11,7 +11,7 @@ export OMP_WAIT_POLICY ?= PASSIVE
 export GOMP_SPINCOUNT ?= 0
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: setup quickstart test test-gpu lint benchmarks
+.PHONY: setup quickstart test test-gpu lint benchmarks benchmarks-gpu
 
 setup: .venv/installed
 
@@ -46,3 +46,9 @@ benchmarks: setup
 	OMP_NUM_THREADS=1 $(BIN)/python scripts/benchmarks/pipelining.py
 	OMP_NUM_THREADS=1 $(BIN)/python scripts/benchmarks/scale.py --measured \
 		scripts/benchmarks/results/pipelining-cpu.json scripts/benchmarks/results/block_parallel-cpu.json
+
+benchmarks-gpu: setup
+	$(BIN)/python scripts/benchmarks/memory.py --device cuda --blocks 2 4 12
+	$(BIN)/python scripts/benchmarks/step_time.py --device cuda
+	$(BIN)/python scripts/benchmarks/small_gpu.py
+	$(BIN)/python scripts/benchmarks/block_parallel.py --device cuda

@@ -1,4 +1,4 @@
-"""The benchmark of a small GPU finds the largest batch that fits, to an eighth, and says where there is no GPU."""
+"""What is measured on a GPU alone: the search for the largest batch that fits, and the tables of what was found."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "scripts" / "benchmarks"))
 
+import block_parallel  # noqa: E402
+import readme_gpu  # noqa: E402
 import small_gpu  # noqa: E402
 
 
@@ -43,3 +45,41 @@ def test_lines_compare_with_backpropagation_where_that_fits_at_all():
 def test_without_a_gpu_it_says_so():
     with pytest.raises(SystemExit, match="measures the memory of a GPU, and there is none here"):
         small_gpu.main([])
+
+
+def test_the_table_of_a_small_gpu_says_what_fits_and_how_fast():
+    rows = [
+        {"method": "backpropagation", "batch": 4, "tokens_per_second": 2000.0},
+        {"method": "K=4", "batch": 6, "tokens_per_second": 1000.0},
+        {"method": "too large", "batch": 0, "tokens_per_second": None},
+    ]
+    lines = readme_gpu.small_gpu({"size": vars(small_gpu.SIZE), "memory_gib": 16.0, "results": rows}, "here")
+    assert lines[-3:] == [
+        "| backpropagation | 4 | 1.00 | 2,000 | 1.00 |",
+        "| K=4 | 6 | 1.50 | 1,000 | 0.50 |",
+        "| too large | none |  |  |  |",
+    ]
+    assert "16 GiB of a GPU (here)." in lines
+
+
+@pytest.mark.parametrize(("told", "said"), [({}, "100 % of the GPU, and"), ({"part": "50"}, "50 % of the GPU, and")])
+def test_the_table_of_parts_of_a_gpu_says_which_part_each_process_had(told, said):
+    ways = [block_parallel.BACKPROPAGATION, block_parallel.ONE, "block-local, 2 processes"]
+    seconds = {way: 1.0 if block_parallel.WAYS[way].processes == 1 else 0.5 for way in ways}
+    rounds = [
+        {
+            way: [{"wall": seconds[way], "processor": 1.0, "waited": 0.02}] * block_parallel.WAYS[way].processes
+            for way in ways
+        }
+    ]
+    report = {
+        "size": vars(block_parallel.SIZES["cuda"]),
+        "rounds": 1,
+        "steps": 100,
+        "results": [block_parallel.summary(way, rounds, block_parallel.SIZES["cuda"]) for way in ways],
+    }
+    report |= {"CUDA_MPS_ACTIVE_THREAD_PERCENTAGE": told["part"], "NCCL_MULTI_RANK_GPU_ENABLE": "1"} if told else {}
+    lines = readme_gpu.parts_of_a_gpu(report, "here")
+    assert any(said in line for line in lines)
+    assert f"messages by {'NCCL' if told else 'gloo'}" in lines
+    assert lines[-1] == "| block-local, 2 processes | 64.0 | 2.00 | 2%, 2% |"

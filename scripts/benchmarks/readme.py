@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from readme_gpu import parts_of_a_gpu, small_gpu
 from readme_scaling import block_parallel, loading, pipelining, scale
 
 
@@ -62,28 +63,19 @@ def sections() -> dict[str, str]:
 
     benchmarks = [*memory(load("memory-cpu")), "", *step_time(load("step_time-cpu")), "", *share()]
     result = {
-        "quickstart": "\n".join(quickstart(load("quickstart-cpu"))) + "\n",
-        "benchmarks": "\n".join(benchmarks) + "\n",
-        "tasks": "\n".join(tasks_table(ROOT / "configs" / "train")) + "\n",
-        "assisted": "\n".join(assisted(load("assisted_generation-cpu"))) + "\n",
-        "models": "\n".join(models(load("supported_models"))) + "\n",
+        "quickstart": quickstart(load("quickstart-cpu")),
+        "benchmarks": benchmarks,
+        "tasks": tasks_table(ROOT / "configs" / "train"),
+        "assisted": assisted(load("assisted_generation-cpu")),
+        "models": models(load("supported_models")),
     }
-    if (HERE / "results" / "block_parallel-cpu.json").is_file():
-        result["block_parallel"] = "\n".join(block_parallel(*_with_place("block_parallel-cpu"))) + "\n"
-    if (HERE / "results" / "lora-cpu.json").is_file():
-        result["lora"] = "\n".join(lora(load("lora-cpu"))) + "\n"
-    if (HERE / "results" / "pipelining-cpu.json").is_file():
-        result["pipelining"] = "\n".join(pipelining(*_with_place("pipelining-cpu"))) + "\n"
-    if (HERE / "results" / "scale-cpu.json").is_file():
-        result["scale"] = "\n".join(scale(*_with_place("scale-cpu"))) + "\n"
-    if (HERE / "results" / "loading-cpu.json").is_file():
-        result["loading"] = "\n".join(loading(*_with_place("loading-cpu"))) + "\n"
-    if (HERE / "results" / "memory-gpu.json").is_file():
-        result["memory_gpu"] = "\n".join(memory(load("memory-gpu"))) + "\n"
-    if (HERE / "results" / "learning-cpu.json").is_file():
-        result["learning"] = "\n".join(learning(load("learning-cpu"))) + "\n"
-        result["learning_summary"] = "\n".join(learning_summary(load("learning-cpu"))) + "\n"
-    return result
+    for section, (name, table) in WITH_PLACE.items():
+        if (HERE / "results" / f"{name}.json").is_file():
+            result[section] = table(*_with_place(name))
+    for section, (name, table) in OTHERS.items():
+        if (HERE / "results" / f"{name}.json").is_file():
+            result[section] = table(load(name))
+    return {section: "\n".join(lines) + "\n" for section, lines in result.items()}
 
 
 def quickstart(report: dict[str, Any]) -> list[str]:
@@ -289,6 +281,24 @@ def share() -> list[str]:
     for row in report["results"]:
         lines.append(f"| {row['case']['name']} | {row['parameter_share']:.2%} | {row['operation_share']:.2%} |")
     return lines
+
+
+# What has been measured, if it has: its results, and what makes a table of them.
+WITH_PLACE = {
+    "block_parallel": ("block_parallel-cpu", block_parallel),
+    "pipelining": ("pipelining-cpu", pipelining),
+    "scale": ("scale-cpu", scale),
+    "loading": ("loading-cpu", loading),
+    "small_gpu": ("small_gpu-gpu", small_gpu),
+    "block_parallel_gpu": ("block_parallel-gpu", parts_of_a_gpu),
+}
+OTHERS = {
+    "lora": ("lora-cpu", lora),
+    "memory_gpu": ("memory-gpu", memory),
+    "step_time_gpu": ("step_time-gpu", step_time),
+    "learning": ("learning-cpu", learning),
+    "learning_summary": ("learning-cpu", learning_summary),
+}
 
 
 if __name__ == "__main__":
