@@ -29,6 +29,7 @@ TASKS = {
     "causal-lm": ("AutoModelForCausalLM", modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES),
     "masked-lm": ("AutoModelForMaskedLM", modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES),
     "seq2seq-lm": ("AutoModelForSeq2SeqLM", modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES),
+    "speech-seq2seq": ("AutoModelForSpeechSeq2Seq", modeling_auto.MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES),
     "sequence-classification": (
         "AutoModelForSequenceClassification",
         modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
@@ -50,7 +51,9 @@ TASKS = {
         modeling_auto.MODEL_FOR_AUDIO_CLASSIFICATION_MAPPING_NAMES,
     ),
 }
-_PER_POSITION = ("causal-lm", "masked-lm", "seq2seq-lm", "token-classification")
+_PER_POSITION = ("causal-lm", "masked-lm", "seq2seq-lm", "speech-seq2seq", "token-classification")
+# Samples of a sound, for each token of the text that it is written down as: about three tokens a second, at 16 kHz.
+_SAMPLES_PER_TOKEN = 5000
 
 
 @dataclass(frozen=True)
@@ -59,7 +62,8 @@ class Shape:
 
     Attributes:
         batch: Samples.
-        sequence: Tokens of a text, or samples of a sound. Images have the size that the configuration says.
+        sequence: Tokens of a text, or samples of a sound. Images have the size that the configuration says, and so has
+            a spectrogram that is written down as a text.
     """
 
     batch: int = 8
@@ -175,9 +179,21 @@ def build_inputs(config: PretrainedConfig, task: str, shape: Shape) -> dict[str,
         inputs = {"pixel_values": torch.zeros(shape.batch, config.num_channels, height, width)}
     if task == "audio-classification":
         inputs = {"input_values": torch.zeros(shape.batch, shape.sequence)}
+    if task == "speech-seq2seq":
+        inputs = _sound(config, shape)
     if task == "question-answering":
         return inputs | dict.fromkeys(("start_positions", "end_positions"), torch.zeros_like(tokens_BS[:, 0]))
     return inputs | {"labels": tokens_BS.clone() if task in _PER_POSITION else torch.zeros_like(tokens_BS[:, 0])}
+
+
+def _sound(config: PretrainedConfig, shape: Shape) -> dict[str, Tensor]:
+    """Make the sound of a batch of texts as a model takes it: bands by frames, frames by bands, or samples."""
+    if hasattr(config, "num_mel_bins"):  # a convolution halves the frames
+        return {"input_features": torch.zeros(shape.batch, config.num_mel_bins, 2 * config.max_source_positions)}
+    if hasattr(config, "input_feat_per_channel"):
+        frames = torch.zeros(shape.batch, config.max_source_positions, config.input_feat_per_channel)
+        return {"input_features": frames}
+    return {"input_values": torch.zeros(shape.batch, shape.sequence * _SAMPLES_PER_TOKEN)}
 
 
 def loss_traits(task: str) -> LossTraits:

@@ -60,6 +60,20 @@ def test_chains_that_share_out_their_blocks_need_less_memory_each(capsys):
     assert all(part < 0.8 * whole for whole, part in zip(*states, strict=True))
 
 
+def test_a_model_that_writes_down_sounds_is_planned(capsys):
+    words = ["whisper", "--task", "speech-seq2seq", "--batch-size", "1", "--sequence-length", "8", "--num-blocks", "2"]
+    script("plan").main(
+        [
+            *words,
+            *("--set", "d_model=32", "encoder_layers=2", "decoder_layers=2", "encoder_attention_heads=2"),
+            *("decoder_attention_heads=2", "encoder_ffn_dim=64", "decoder_ffn_dim=64", "max_source_positions=20"),
+        ]
+    )
+    text = capsys.readouterr().out
+    assert text.startswith("WhisperForConditionalGeneration, 4 layers, ")
+    assert "accelerate launch --num_processes 2 " in text
+
+
 def test_what_does_not_fit_ends_in_one_line(capsys):
     with pytest.raises(SystemExit, match=r"plan.py: No 2 blocks fit: .* too little\."):
         printed(capsys, "--num-blocks", "2", "--device-memory", "100KiB")

@@ -243,6 +243,7 @@ def test_the_attention_of_the_cpu_counts():
         ("bert", "sequence-classification"),
         ("gpt2", "causal-lm"),
         ("t5", "seq2seq-lm"),
+        ("whisper", "speech-seq2seq"),
         ("vit", "image-classification"),
     ],
 )
@@ -252,6 +253,21 @@ def test_a_configuration_tells_its_task(name, task, borrow):
     config.architectures = ["Unheard"]
     with pytest.raises(UnsupportedSettingError, match="tell no task"):
         task_of(config)
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "shape"),
+    [
+        ("whisper", "input_features", (2, 80, 3000)),
+        ("speech_to_text", "input_features", (2, 6000, 80)),
+        ("moonshine", "input_values", (2, 8 * 5000)),
+    ],
+)
+def test_a_sound_is_made_as_a_model_takes_it(kind, name, shape):
+    inputs = build_inputs(read_config(kind, {}), "speech-seq2seq", Shape(2, 8))
+    assert inputs.keys() == {name, "labels"}
+    assert inputs[name].shape == shape
+    assert inputs["labels"].shape == (2, 8)
 
 
 def test_a_configuration_comes_from_a_folder_a_file_or_a_type(tmp_path, borrow):
