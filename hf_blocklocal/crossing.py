@@ -99,9 +99,8 @@ def ready(device: torch.device) -> torch.cuda.Event | None:
 
     Who waits leaves the processor to others. Elsewhere than on a GPU everything is done at once: None.
     """
-    if device.type != "cuda":
-        return None
-    return torch.cuda.current_stream(device).record_event(torch.cuda.Event(blocking=True))
+    queue = queue_here(device)
+    return None if queue is None else queue.record_event(torch.cuda.Event(blocking=True))
 
 
 def settle(device: torch.device) -> None:

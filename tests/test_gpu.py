@@ -61,39 +61,33 @@ class Overflowing(BlockLocalTrainer):
         self.accelerator.scaler = torch.amp.GradScaler("cuda", init_scale=2.0**24)
 
 
-def test_scales_that_are_too_large_are_lowered_whenever_blocks_are_stepped(tmp_path):
-    runs = [
+def deferred_and_at_once(kind, folder, **settings):
+    """Train four blocks that are stepped together, and four that are stepped one by one: to the bit the same."""
+    deferred, at_once = (
         run(
-            Overflowing,
-            tmp_path,
-            fp16=True,
+            kind,
+            folder,
             full_determinism=True,
             config=BlockLocalConfig(num_blocks=4, step_per_block=step_per_block),
+            **settings,
         )
         for step_per_block in (False, True)
-    ]
+    )
+    for key, value in deferred.assembly.module.state_dict().items():
+        assert value.isfinite().all(), key
+        assert torch.equal(at_once.assembly.module.state_dict()[key], value), key
+    return deferred, at_once
+
+
+def test_scales_that_are_too_large_are_lowered_whenever_blocks_are_stepped(tmp_path):
+    runs = deferred_and_at_once(Overflowing, tmp_path, fp16=True)
     states = [trainer.accelerator.scaler.state_dict() for trainer in runs]
     assert states[0] == states[1]
     assert states[0]["scale"] < 2**24
     assert any("overflows" in key for key in runs[0].state.log_history[0])
-    for key, value in runs[0].assembly.module.state_dict().items():
-        assert value.isfinite().all(), key
-        assert torch.equal(runs[1].assembly.module.state_dict()[key], value), key
 
 
 @pytest.mark.parametrize("precision", [{}, {"fp16": True}])
 @pytest.mark.parametrize("name", ["bert", "gpt2"])
 def test_stepping_each_block_at_once_changes_no_bit(name, precision, tmp_path):
-    deferred, at_once = (
-        run(
-            BlockLocalTrainer,
-            tmp_path,
-            name=name,
-            full_determinism=True,
-            config=BlockLocalConfig(num_blocks=4, step_per_block=step_per_block),
-            **precision,
-        )
-        for step_per_block in (False, True)
-    )
-    for key, value in deferred.assembly.module.state_dict().items():
-        assert torch.equal(at_once.assembly.module.state_dict()[key], value), key
+    deferred_and_at_once(BlockLocalTrainer, tmp_path, name=name, **precision)

@@ -34,11 +34,11 @@ def test_the_largest_batch_is_found_to_an_eighth(fits, monkeypatch):
 
 
 def test_lines_compare_with_backpropagation_where_that_fits_at_all():
-    plain, other = ({"batch": batch, "tokens_per_second": 100.0 * batch} for batch in (4, 6))
-    nothing = {"batch": 0, "tokens_per_second": None}
-    assert small_gpu.compared(other, plain, 600.0) == ["1.50", "600", "1.50"]
-    assert small_gpu.compared(other, nothing, 600.0) == ["-", "600", "-"]
-    assert small_gpu.compared(nothing, plain, None) == ["-", "-", "-"]
+    plain, other = ({"method": "K=4", "batch": batch, "tokens_per_second": 100.0 * batch} for batch in (4, 6))
+    nothing = {"method": "K=4", "batch": 0, "tokens_per_second": None}
+    assert small_gpu.cells(other, plain) == ["K=4", "6", "1.50", "600", "1.50"]
+    assert small_gpu.cells(other, nothing) == ["K=4", "6", "", "600", ""]
+    assert small_gpu.cells(nothing, plain) == ["K=4", "none", "", "", ""]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
@@ -62,8 +62,11 @@ def test_the_table_of_a_small_gpu_says_what_fits_and_how_fast():
     assert "16 GiB of a GPU (here)." in lines
 
 
-@pytest.mark.parametrize(("told", "said"), [({}, "100 % of the GPU, and"), ({"part": "50"}, "50 % of the GPU, and")])
-def test_the_table_of_parts_of_a_gpu_says_which_part_each_process_had(told, said):
+@pytest.mark.parametrize(("gpus", "shares", "backend"), [(1, False, "gloo"), (1, True, "nccl"), (2, False, "nccl")])
+def test_the_table_of_parts_of_a_gpu_says_which_part_each_process_had(gpus, shares, backend, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.setenv("NCCL_MULTI_RANK_GPU_ENABLE", str(int(shares)))
+    monkeypatch.setenv("CUDA_MPS_ACTIVE_THREAD_PERCENTAGE", "50")
     ways = [block_parallel.BACKPROPAGATION, block_parallel.ONE, "block-local, 2 processes"]
     seconds = {way: 1.0 if block_parallel.WAYS[way].processes == 1 else 0.5 for way in ways}
     rounds = [
@@ -78,8 +81,7 @@ def test_the_table_of_parts_of_a_gpu_says_which_part_each_process_had(told, said
         "steps": 100,
         "results": [block_parallel.summary(way, rounds, block_parallel.SIZES["cuda"]) for way in ways],
     }
-    report |= {"CUDA_MPS_ACTIVE_THREAD_PERCENTAGE": told["part"], "NCCL_MULTI_RANK_GPU_ENABLE": "1"} if told else {}
-    lines = readme_gpu.parts_of_a_gpu(report, "here")
-    assert any(said in line for line in lines)
-    assert f"messages by {'NCCL' if told else 'gloo'}" in lines
+    lines = readme_gpu.parts_of_a_gpu(report | block_parallel.how_they_meet("cuda", 2), "here")
+    assert any("each process with 50 % of a GPU," in line for line in lines)
+    assert f"messages by {backend}" in lines
     assert lines[-1] == "| block-local, 2 processes | 64.0 | 2.00 | 2%, 2% |"

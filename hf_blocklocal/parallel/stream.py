@@ -92,7 +92,7 @@ class Message:
 
 
 @dataclass(frozen=True)
-class _Parcel:
+class _Outgoing:
     """What waits to be sent: its header, its tensors, and when a GPU has computed them."""
 
     header: Tensor
@@ -169,14 +169,14 @@ class Outbox(_Worker):
         description, tensors = take_apart(value)
         forms = [TensorForm.of(tensor) for tensor in tensors]
         header = {"facts": dict(facts), "value": description, "forms": [[form.dtype, form.shape] for form in forms]}
-        self._put(_Parcel(encoded(header, HEADER_BYTES), tensors, ready(self.link.device)))
+        self._put(_Outgoing(encoded(header, HEADER_BYTES), tensors, ready(self.link.device)))
 
     def close(self) -> None:
         """Tell the other side that nothing more will come for now, and wait until everything has been taken."""
-        self._put(_Parcel(encoded({}, HEADER_BYTES), []))
+        self._put(_Outgoing(encoded({}, HEADER_BYTES), []))
         self._join()
 
-    def _put(self, item: _Parcel) -> None:
+    def _put(self, item: _Outgoing) -> None:
         self._check_open()
         with self._waiting():
             while True:
@@ -191,18 +191,18 @@ class Outbox(_Worker):
         while self._deliver(self._queue.get()):
             pass
 
-    def _deliver(self, parcel: _Parcel) -> bool:
-        """Send a parcel and keep it until it has left; tell whether others follow.
+    def _deliver(self, message: _Outgoing) -> bool:
+        """Send a message and keep it until it has left; tell whether others follow.
 
         Nothing is said of it before it is there: what NCCL has begun to receive keeps a part of the GPU busy.
         """
-        if parcel.ready is not None:
-            parcel.ready.synchronize()
-        dist.send(parcel.header, self.link.peer, group=self.link.headers)
-        for tensor in parcel.tensors:
+        if message.ready is not None:
+            message.ready.synchronize()
+        dist.send(message.header, self.link.peer, group=self.link.headers)
+        for tensor in message.tensors:
             self._transmit(self._staged(tensor.contiguous()))
         settle(self.link.device)
-        return bool(decoded(parcel.header))
+        return bool(decoded(message.header))
 
     def _staged(self, tensor: Tensor) -> Tensor:
         staging = self.link.staging

@@ -109,14 +109,17 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(f"round {number + 1} of {options.rounds}", flush=True)
     results = [summary(way, rounds, size) for way in ways]
     show(results)
-    report = {"size": size, "rounds": options.rounds, "steps": options.steps, "results": results, **sharing()}
+    report = {"size": size, "rounds": options.rounds, "steps": options.steps, "results": results}
+    report |= how_they_meet(device, max(WAYS[way].processes for way in ways))
     print(f"\nWritten to {write_report('block_parallel', device, options, report)}")
 
 
-def sharing() -> dict[str, str]:
-    """Return what the environment says of how processes share a GPU."""
-    names = ("CUDA_MPS_ACTIVE_THREAD_PERCENTAGE", "NCCL_MULTI_RANK_GPU_ENABLE")
-    return {name: os.environ[name] for name in names if name in os.environ}
+def how_they_meet(device: str, processes: int) -> dict[str, Any]:
+    """Return by what processes speak to each other, and the part of a GPU that each may use."""
+    if device == "cpu":
+        return {"backend": "gloo"}
+    percentage = int(os.environ.get("CUDA_MPS_ACTIVE_THREAD_PERCENTAGE", "100"))
+    return {"backend": fitting_backend(device, processes) or "nccl", "gpu_percentage": percentage}
 
 
 def start(way: str, device: str, options: argparse.Namespace) -> list[dict[str, float]]:

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import gc
 import tempfile
-import time
 from collections.abc import Sequence
 from statistics import median
 from typing import Any
@@ -29,15 +28,16 @@ from common import (
     print_table,
     write_report,
 )
+from step_time import stamp_steps_
 
 
-SIZE = Size(layers=24, width=1024, vocabulary=32_000, batch=1, sequence=512)
-# The batch that is tried first.
-FIRST = 4
+# Its batch is the one that is tried first.
+SIZE = Size(layers=24, width=1024, vocabulary=32_000, batch=4, sequence=512)
 # Steps of a trial; the first makes the state of the optimizer, and is not timed.
 STEPS = 4
 CHUNK = 1024
 PLAIN = "backpropagation"
+HEADER = ("method", "largest batch", "x backpropagation", "tokens/s there", "x backpropagation")
 LORA = {"r": 16, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
 
 
@@ -57,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     for method, settings in methods(options.blocks).items():
         results.append({"method": method, **largest(size, settings)})
         print(f"{method}: {results[-1]['batch']}", flush=True)
-    show(results)
+    print_table(HEADER, [cells(row, results[0]) for row in results], left=1)
     report = {"size": size, "memory_gib": options.memory, "results": results}
     print(f"\nWritten to {write_report('small_gpu', 'cuda', options, report)}")
 
@@ -85,7 +85,7 @@ def largest(size: Size, settings: dict[str, Any]) -> dict[str, Any]:
     rates: dict[int, float] = {}
     fits, fails = 0, None
     while fails is None or fails - fits > max(1, fits // 8):
-        batch = 2 * fits or FIRST if fails is None else (fits + fails) // 2
+        batch = 2 * fits or size.batch if fails is None else (fits + fails) // 2
         seconds = trial(size, batch, settings)
         release()
         if seconds is None:
@@ -116,9 +116,6 @@ def release() -> None:
 
 def timed_steps(size: Size, batch: int, folder: str, *, lora: bool = False, **settings: Any) -> float:
     """Train a few steps, and return the median seconds of those after the first."""
-    import torch
-    from transformers import TrainerCallback
-
     model = build_model("decoder", size, "cuda")
     if lora:
         from peft import LoraConfig, get_peft_model
@@ -133,35 +130,20 @@ def timed_steps(size: Size, batch: int, folder: str, *, lora: bool = False, **se
         per_device_train_batch_size=batch,
         **settings,
     )
-    ends: list[float] = []
-
-    class Stamp(TrainerCallback):
-        def on_step_end(self, *args: Any, **kwargs: Any) -> None:
-            torch.cuda.synchronize()
-            ends.append(time.perf_counter())
-
-    trainer.add_callback(Stamp())
+    ends = stamp_steps_(trainer, "cuda")
     trainer.train()
-    return median(stop - start for start, stop in zip(ends, ends[1:], strict=False))
+    return median(stop["wall"] - start["wall"] for start, stop in zip(ends, ends[1:], strict=False))
 
 
-def show(results: Sequence[dict[str, Any]]) -> None:
-    """Print the results, and how they compare with backpropagation."""
-    plain = results[0]
-    rows = []
-    for each in results:
-        rate = each["tokens_per_second"]
-        rows.append([each["method"], str(each["batch"]), *compared(each, plain, rate)])
-    print_table(["method", "largest batch", "share", "tokens/s there", "share"], rows, left=1)
-
-
-def compared(each: dict[str, Any], plain: dict[str, Any], rate: float | None) -> list[str]:
-    """Return the last columns of one line; dashes where nothing was trained."""
+def cells(row: dict[str, Any], plain: dict[str, Any]) -> list[str]:
+    """Return one line of the table, beside backpropagation where that fits at all."""
+    rate = row["tokens_per_second"]
     if rate is None:
-        return ["-", "-", "-"]
-    if not plain["batch"]:
-        return ["-", f"{rate:.0f}", "-"]
-    return [f"{each['batch'] / plain['batch']:.2f}", f"{rate:.0f}", f"{rate / plain['tokens_per_second']:.2f}"]
+        return [row["method"], "none", "", "", ""]
+    ratios = ["", ""]
+    if plain["batch"]:
+        ratios = [f"{row['batch'] / plain['batch']:.2f}", f"{rate / plain['tokens_per_second']:.2f}"]
+    return [row["method"], str(row["batch"]), ratios[0], f"{rate:,.0f}", ratios[1]]
 
 
 if __name__ == "__main__":
