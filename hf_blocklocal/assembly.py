@@ -27,6 +27,7 @@ from hf_blocklocal.building import (
     build_heads,
     build_shortcut,
     can_lend,
+    lend_to_train_,
     lent_to_heads,
 )
 from hf_blocklocal.config import BlockLocalConfig
@@ -65,6 +66,12 @@ class TaughtModel(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the model alone."""
         return self.model(*args, **kwargs)
+
+
+def name_of_original(name: str) -> str:
+    """Return the name, in a `TaughtModel`, of the weight that one of its parameters is a copy of, or its own."""
+    head, _, original = name.partition(".loan.")
+    return f"model.{original}" if original and head.startswith("heads.") else name
 
 
 @dataclass(frozen=True)
@@ -270,6 +277,9 @@ def assemble(
     contrasts = trace.task.target == "vocabulary" and any(isinstance(head.loss, Contrast) for head in heads)
     lent = lent_to_heads(model, shortcut, owners, cut.num_blocks, contrasts_tokens=contrasts)
     config = refreshed(config) if any(lent) else config
+    copies = build_copies(model, config, lent, shortcut)
+    if copies is not None:
+        lend_to_train_(heads, copies)
     assembly = Assembly(
         config=config,
         task=trace.task,
@@ -290,7 +300,7 @@ def assemble(
         forms=trace.forms,
         owners=owners,
         lent=lent,
-        copies=build_copies(model, config, lent, shortcut),
+        copies=copies,
         shared=tuple(shared_by_blocks(reach)),
     )
     targets = assembly.read_targets(inputs)

@@ -16,6 +16,7 @@ from hf_blocklocal.denoising import Denoising
 from hf_blocklocal.errors import UnsupportedSettingError
 from hf_blocklocal.feedback import FeedbackHead, build_head
 from hf_blocklocal.inlets import Inlets
+from hf_blocklocal.loans import Loan
 from hf_blocklocal.replay import Replay
 from hf_blocklocal.shortcut import Shortcut, can_be_confined
 from hf_blocklocal.targets import choose_alignment
@@ -154,20 +155,27 @@ def build_copies(
         UnsupportedSettingError: If copies are asked for and there is nothing to copy.
     """
     every, lag, decay = config.head_refresh_steps, config.head_refresh_lag, config.head_refresh_decay
-    if (every, lag, decay) == (1, 0, 0) and not config.blocks_apart:
+    if config.is_live and not config.blocks_apart:
         return None
     if not any(lent):
-        if (every, lag, decay) != (1, 0, 0):
+        if not config.is_live:
             raise UnsupportedSettingError(
-                f"head_refresh_steps={every}, head_refresh_lag={lag} and head_refresh_decay={decay} are about copies "
-                f"of what heads use of later blocks, and the heads of {type(model).__name__} use nothing: "
-                f"head_layers={config.head_layers}. Leave them out."
+                f"head_refresh_steps={every}, head_refresh_lag={lag}, head_refresh_decay={decay} and head_copies="
+                f"{config.head_copies!r} are about copies of what heads use of later blocks, and the heads of "
+                f"{type(model).__name__} use nothing: head_layers={config.head_layers}. Leave them out."
             )
         return None
-    copies = Copies(model, lent, every=every, lag=lag, decay=decay)
-    if shortcut is not None:
-        shortcut.copies = copies
-    return copies
+    if shortcut is None:
+        return Copies(model, lent, every=every, lag=lag, decay=decay)
+    learns = shortcut.taught_weights(lent) if config.head_copies == "trained" else ()
+    shortcut.copies = Copies(model, lent, every=every, lag=lag, decay=decay, learns=learns)
+    return shortcut.copies
+
+
+def lend_to_train_(heads: Sequence[FeedbackHead], copies: Copies) -> None:
+    """Give every head the copies that it is to train."""
+    for head, learning in zip(heads, copies.learning, strict=True):
+        head.loan = Loan(learning) if learning else None
 
 
 def build_chunked(model: nn.Module, config: BlockLocalConfig, inputs: Mapping[str, Any]) -> ChunkedLoss | None:

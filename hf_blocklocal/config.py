@@ -131,10 +131,17 @@ class BlockLocalConfig:
         "Whether a learned affine map, the identity at first, translates a block's output for what its head borrows. "
         "With head_layers=0 that is the model's own final norm and task head.",
     )
+    head_copies: Literal["auto", "frozen", "trained"] = _help(
+        "auto",
+        "What becomes of copies of borrowed layers between two refreshes. trained: each head trains its own with its "
+        "block; frozen: they stay as they are. auto: trained, wherever heads borrow copies. trained in one process "
+        "asks for the copies that several processes have.",
+    )
     head_refresh_steps: int = _help(
         1,
         "Steps from one copy of the borrowed layers to the next. 1 is live layers, 0 those that training began with. "
-        "In several processes, where no field asks for other copies: 10, with a lag of 1 + (K - 1) // 3.",
+        "In several processes, where no field asks for other copies: 10, with a lag of 1 + (K - 1) // 3, and with a "
+        "decay of 0.5 if the copies are trained.",
     )
     head_refresh_lag: int = _help(
         0, "Steps that a copy of the borrowed layers is old when it is taken into use, so that no block has to wait."
@@ -240,6 +247,12 @@ class BlockLocalConfig:
         """The option that puts blocks in different places, for messages."""
         size = self.block_parallel_size
         return f"block_parallel_size={size}" if size > 1 else f"placement={self.placement!r}"
+
+    @property
+    def is_live(self) -> bool:
+        """Whether heads are to borrow the layers themselves and no copies, as far as the fields say."""
+        schedule = (self.head_refresh_steps, self.head_refresh_lag, self.head_refresh_decay)
+        return schedule == (1, 0, 0) and self.head_copies != "trained"
 
     @property
     def borrows(self) -> bool:

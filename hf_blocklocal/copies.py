@@ -3,8 +3,9 @@
 Backpropagation would send a gradient down with every step; here weights go down now and then. With `every` steps from
 one copy to the next and a `lag`, at steps t that are multiples of `every` the heads take the weights as they stood
 after step t - lag, so no block has to wait for those above it. A `decay` makes the copies move only a part of the way:
-an exponential moving average, as in momentum networks. Where blocks are in several processes, the weights come by an
-exchange, at the same steps.
+an exponential moving average, as in momentum networks. Copies may learn in between, each with the block whose head
+borrows it: what is late then is only what the others have learned. Where blocks are in several processes, the weights
+come by an exchange, at the same steps.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ class Exchange(Protocol):
 
 
 class Copies:
-    """What the heads of all blocks borrow, each weight copied once.
+    """What the heads of all blocks borrow: each weight copied once, and those that learn once for each head.
 
     Running statistics beside those weights, such as those of batch norms, are copied with them. Other buffers stay the
     model's own, and so do weights that are frozen when the copies are made.
@@ -48,6 +49,7 @@ class Copies:
         live: What is copied, by name, as it is in the model.
         lent: For each block but the last, the names of what its head borrows of that.
         beside: For each of the running statistics, the name of a parameter of its module.
+        learning: For each block but the last, the copies that learn with it, by the name of what they are copies of.
 
     Args:
         model: The model.
@@ -55,12 +57,20 @@ class Copies:
         every: Steps from one copy to the next; 0 keeps the weights that training started with.
         lag: Steps that a copy is old when it is taken into use.
         decay: Share of the old copy that stays.
+        learns: For each block but the last, the names of those that learn with it in between; default: none do.
     """
 
     file_name = COPIES_NAME
 
     def __init__(
-        self, model: nn.Module, lent: Sequence[set[str]], *, every: int, lag: int = 0, decay: float = 0.0
+        self,
+        model: nn.Module,
+        lent: Sequence[set[str]],
+        *,
+        every: int,
+        lag: int = 0,
+        decay: float = 0.0,
+        learns: Sequence[set[str]] = (),
     ) -> None:
         self.every, self.lag, self.decay = every, lag, decay
         names = set().union(*lent)
@@ -82,8 +92,13 @@ class Copies:
                     name = f"{path}.{leaf}"
                     self.live[name], self.beside[name] = tensor, lent_here[0]
                     places.append((module._buffers, leaf, name))
-        self._copies = {name: _copy_of(tensor) for name, tensor in self.live.items()}
         self.lent = [{name for name in self.live if self.beside.get(name, name) in mine} for mine in lent]
+        self.learning = [
+            {name: nn.Parameter(tensor.detach().clone()) for name, tensor in self.live.items() if name in mine}
+            for mine in learns or [set() for _ in lent]
+        ]
+        still = set().union(*(mine - learning.keys() for mine, learning in zip(self.lent, self.learning, strict=True)))
+        self._copies = {name: _copy_of(tensor) for name, tensor in self.live.items() if name in still}
         self._places = [[place for place in places if place[2] in mine] for mine in self.lent]
         self._waiting: dict[int, dict[str, Tensor] | None] = {}
         self._exchange: Exchange | None = None
@@ -98,16 +113,28 @@ class Copies:
         """
         mine = self.lent[block] if block < len(self.lent) else set()
         self._copies = {name: copy for name, copy in self._copies.items() if name in mine}
+        self.learning = [learning if number == block else {} for number, learning in enumerate(self.learning)]
         self._exchange = exchange
 
     def move_(self, device: torch.device) -> None:
-        """Move the copies to a device."""
+        """Move the copies to a device; those that learn move with their head."""
         for copy in self._copies.values():
             copy.data = copy.data.to(device)
 
     def __getitem__(self, parameter: nn.Parameter) -> Tensor:
         """Return the copy of a weight, or the weight itself where there is none."""
-        return next((copy for name, copy in self._copies.items() if self.live[name] is parameter), parameter)
+        return next((copy for key, copy in self._all() if self.live[key] is parameter), parameter)
+
+    def _all(self) -> Iterator[tuple[str, Tensor]]:
+        """Return all copies, each with the key of what it is a copy of."""
+        yield from self._copies.items()
+        for block, learning in enumerate(self.learning):
+            for name, copy in learning.items():
+                yield self._key(block, name), copy
+
+    def _key(self, block: int, name: str) -> str:
+        """Return the key, in `live` and among what waits, of what a block borrows."""
+        return name
 
     @torch.no_grad()
     def advance_(self, step: int) -> None:
@@ -143,8 +170,8 @@ class Copies:
             return
         weights = self._waited_for(step)
         del self._waiting[step]
-        for name, copy in self._copies.items():
-            weight = weights[name].to(copy.device)
+        for key, copy in self._all():
+            weight = weights[key].to(copy.device)
             copy.lerp_(weight, 1 - decay) if decay > 0 else copy.copy_(weight)
 
     def fetch(self) -> None:
@@ -162,7 +189,8 @@ class Copies:
     def in_use(self, block: int) -> Iterator[None]:
         """Put the copies that a block's head borrows in the place of the model's own weights."""
         for table, leaf, name in self._places[block]:
-            table[leaf] = self._copies[name]
+            learning = self.learning[block].get(name)
+            table[leaf] = self._copies[name] if learning is None else learning
         try:
             yield
         finally:
@@ -171,11 +199,18 @@ class Copies:
 
     def state(self) -> dict[str, Tensor]:
         """Return the copies, and those that wait to be used, by names that say which they are."""
-        tensors = {f"copy/{name}": copy.detach().contiguous() for name, copy in self._copies.items()}
+        tensors = {f"copy/{name}": copy.contiguous() for name, copy in self._kept().items()}
         for step in self._waiting:
             weights = self._waited_for(step)
             tensors |= {f"waiting/{step}/{name}": weight.contiguous() for name, weight in weights.items()}
         return tensors | {"schedule": torch.tensor([self._step, self.every, self.lag])}
+
+    def _kept(self) -> dict[str, Tensor]:
+        """Return all copies by names that are theirs alone."""
+        kept = {name: copy.detach() for name, copy in self._copies.items()}
+        for block, learning in enumerate(self.learning):
+            kept |= {f"{block}/{name}": copy.detach() for name, copy in learning.items()}
+        return kept
 
     def save(self, save_directory: str | os.PathLike[str]) -> None:
         """Write `block_local_copies.safetensors` into a folder."""
@@ -203,30 +238,35 @@ class Copies:
                 f"head_refresh_lag={schedule[1]}, and this run has {self.every} and {self.lag}. Resume with those of "
                 "that run, or train on from the model weights alone."
             )
-        copies = {key.removeprefix("copy/"): tensor for key, tensor in tensors.items() if key.startswith("copy/")}
+        saved = {key.removeprefix("copy/"): tensor for key, tensor in tensors.items() if key.startswith("copy/")}
+        kept = self._kept()
         if self._exchange is not None:  # the file is of all blocks
-            copies = {name: tensor for name, tensor in copies.items() if name in self._copies}
-        copies = {key: tensor for name, tensor in copies.items() for key in self._keys_of(name) or [name]}
-        if (misfit := first_misfit(self._copies, copies)) is not None:
+            saved = {name: tensor for name, tensor in saved.items() if name in kept}
+        saved = {
+            key: tensor
+            for name, tensor in saved.items()
+            for key in [key for key in self._keys_of(name) if key in kept] or [name]
+        }
+        if (misfit := first_misfit(kept, saved)) is not None:
             raise CopiesMismatchError(
-                f"The borrowed weights in {path} do not fit: {misfit}. Resume with the cut, the head_layers and the "
-                "trainable parameters of that run."
+                f"The borrowed weights in {path} do not fit: {misfit}. Resume with the cut, the head_layers, the "
+                "head_copies and the trainable parameters of that run."
             )
         self._step = step
         self._waiting.clear()
-        with torch.no_grad():
-            for name, copy in self._copies.items():
-                copy.copy_(copies[name])
+        for name, copy in kept.items():
+            copy.copy_(saved[name])
+        devices = {key: copy.device for key, copy in self._all()}
         for key, tensor in tensors.items():
             if key.startswith("waiting/"):
                 _, used_at, name = key.split("/", 2)
                 waiting = self._waiting.setdefault(int(used_at), {})
                 for key in self._keys_of(name):
-                    waiting[key] = tensor.to(self._copies[key].device)
+                    waiting[key] = tensor.to(devices[key])
 
     def _keys_of(self, name: str) -> list[str]:
-        """Return under which names the copies of a weight are kept here."""
-        return [name] if name in self._copies else []
+        """Return under which keys a weight is copied here."""
+        return [name] if any(key == name for key, _ in self._all()) else []
 
 
 def _copy_of(tensor: Tensor) -> Tensor:

@@ -32,6 +32,8 @@ OWN_HEAD = (
 
 # Where blocks are apart, nothing can be borrowed live without waiting for it.
 REFRESH_STEPS = 10
+# Copies that learn keep half of what they have learned: all that is new in a late one they lack, and it is older.
+REFRESH_DECAY = 0.5
 
 
 def default_head_layers(num_blocks: int) -> int:
@@ -115,12 +117,20 @@ def _warn_of_encoder(config: BlockLocalConfig) -> None:
 
 
 def refreshed(config: BlockLocalConfig) -> BlockLocalConfig:
-    """Return a configuration whose heads use late copies of later blocks, where those are on other devices.
+    """Return a configuration that leaves nothing about copies open: late ones, where blocks are on several devices.
 
     Args:
         config: What was asked for, by someone whose heads use something of later blocks.
     """
-    live = (config.head_refresh_steps, config.head_refresh_lag, config.head_refresh_decay) == (1, 0, 0)
-    if not live or not config.blocks_apart:
+    if config.is_live and not config.blocks_apart:
         return config
-    return replace(config, head_refresh_steps=REFRESH_STEPS, head_refresh_lag=default_refresh_lag(config.num_blocks))
+    if config.head_copies == "auto":
+        config = replace(config, head_copies="trained" if config.borrows else "frozen")
+    if (config.head_refresh_steps, config.head_refresh_lag, config.head_refresh_decay) != (1, 0, 0):
+        return config
+    return replace(
+        config,
+        head_refresh_steps=REFRESH_STEPS,
+        head_refresh_lag=default_refresh_lag(config.num_blocks),
+        head_refresh_decay=REFRESH_DECAY if config.head_copies == "trained" else 0.0,
+    )

@@ -49,6 +49,7 @@ class HeadCosts:
         parameters: Parameters of its own.
         weight_bytes: Their bytes.
         borrows: Names of the model's weights that it borrows and a later block owns.
+        trains: Names of those of which it trains copies of its own.
     """
 
     operations: float
@@ -58,6 +59,7 @@ class HeadCosts:
     parameters: int
     weight_bytes: int
     borrows: frozenset[str] = frozenset()
+    trains: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -150,6 +152,13 @@ class ModelCosts:
         """
         names = frozenset().union(*(self.heads[stop - 1].borrows for stop in stops if stop <= len(self.heads)))
         return sum(self.weights[name].weight_bytes for name in names if self.weights[name].used_by[-1] >= owned_from)
+
+    def trained_copies(self, span: Span) -> tuple[int, int]:
+        """Return number and bytes of the copies of later blocks' weights that the head of a block trains."""
+        names = self.heads[span.last].trains if span.last < len(self.heads) else frozenset()
+        weights = [self.weights[name] for name in names if self.weights[name].used_by[-1] >= span.stop]
+        learning = [weight for weight in weights if weight.trainable]
+        return sum(weight.parameters for weight in learning), sum(weight.weight_bytes for weight in learning)
 
     @cached_property
     def _forward(self) -> list[float]:

@@ -63,7 +63,7 @@ class Memory:
 
     Attributes:
         weights: Parameters that the block owns or uses, its head included.
-        gradients: Gradients of those that it trains.
+        gradients: Gradients of those that it trains, copies included.
         optimizer: Their optimizer state.
         activations: What autograd saves in the block.
         head: What autograd saves in its head, at the same time.
@@ -91,7 +91,7 @@ class Rank:
 
     Attributes:
         span: Its layers.
-        parameters: Parameters that it trains.
+        parameters: Parameters that it trains, copies included.
         operations: Operations of a step.
         seconds: Time of a step, in the unit that goes with the speed of its device.
         memory: Bytes that it holds.
@@ -196,12 +196,13 @@ def memory_of(costs: ModelCosts, span: Span, upkeep: Upkeep) -> Memory:
     """Return what a rank with these layers holds."""
     _, trained = costs.trained(span)
     held, learning = costs.inside(span)
+    copied = costs.trained_copies(span)[1]
     elsewhere = sum(learning) - math.ceil(sum(learning) / upkeep.shared_by)
     edges = [edge for edge in (span.start - 1, span.last) if 0 <= edge < len(costs.heads)]
     return Memory(
         weights=trained + costs.frozen_bytes(span) + costs.foreign_bytes(span) - sum(held) + upkeep.shared(held),
-        gradients=trained - sum(learning) + upkeep.shared(learning),
-        optimizer=int((trained - elsewhere) * upkeep.states),
+        gradients=trained - sum(learning) + upkeep.shared(learning) + copied,
+        optimizer=int((trained - elsewhere + copied) * upkeep.states),
         activations=costs.activations(span),
         head=costs.head_activations(span),
         copies=upkeep.copies * costs.borrowed_bytes([span.stop], span.stop),
@@ -219,7 +220,7 @@ def _ranks(costs: ModelCosts, devices: Sequence[Device], upkeep: Upkeep, spans: 
         ranks.append(
             Rank(
                 span=span,
-                parameters=costs.trained(span)[0],
+                parameters=costs.trained(span)[0] + costs.trained_copies(span)[0],
                 operations=operations,
                 seconds=operations / device.speed,
                 memory=memory_of(costs, span, upkeep),

@@ -29,7 +29,6 @@ from hf_blocklocal.errors import UnsupportedSettingError
 from hf_blocklocal.losses import Contrast
 from hf_blocklocal.model_costs import HeadCosts, LayerCosts, ModelCosts, Weight
 from hf_blocklocal.partition import even_spans
-from hf_blocklocal.shortcut import Shortcut
 from hf_blocklocal.spans import spans_without_values
 from hf_blocklocal.step import LocalStep
 from hf_blocklocal.targets import Candidates, Targets, Task, labels_of
@@ -98,7 +97,10 @@ def measure_costs(model: nn.Module, config: BlockLocalConfig, setting: Setting) 
     _teach(model, LocalStep(Boundaries(model, whole), []), None, setting, together)
     return ModelCosts(
         layers=tuple(_layer(apart, together, layer) for layer in range(num_layers)),
-        heads=tuple(_head(apart, in_first, head, block, parts.lent[block]) for block, head in enumerate(heads)),
+        heads=tuple(
+            _head(apart, in_first, head, block, parts.lent[block], parts.trains[block])
+            for block, head in enumerate(heads)
+        ),
         weights=parts.weights,
     )
 
@@ -111,12 +113,14 @@ class _Parts:
         step: Its local step.
         in_first: The same with all heads as if they stood in the first block; None where that changes nothing.
         lent: For each block but the last, what its head borrows.
+        trains: For each block but the last, what of that its head trains copies of.
         weights: All weights by name.
     """
 
     step: LocalStep
     in_first: LocalStep | None
     lent: list[set[str]]
+    trains: list[set[str]]
     weights: dict[str, Weight]
 
     def negatives(self, config: BlockLocalConfig) -> int | None:
@@ -142,25 +146,24 @@ def _cut_everywhere(model: nn.Module, config: BlockLocalConfig, trace: Trace, se
     )
     in_first = None
     if config.borrows:
-        live = replace(config, head_refresh_steps=1, head_refresh_lag=0, head_refresh_decay=0.0)
+        live = replace(config, head_refresh_steps=1, head_refresh_lag=0, head_refresh_decay=0.0, head_copies="auto")
         confines = None
         if setting.loss_traits is not None:
             confines = trace.task.target == "vocabulary" and _has_plain_head(model)
         step.shortcut = build_shortcut(model, live, trace, cut, setting.inputs, reach, confines=confines)
-        if any(reach[0] & names for names in step.shortcut.lent_weights(owners)):
-            up_to = [set().union(*reach[: block + 1]) for block in range(num_layers)]
-            in_first = copy.copy(step)
-            in_first.shortcut = Shortcut(
-                model,
-                cut,
-                trace,
-                config.head_layers,
-                up_to,
-                confines=step.shortcut.confines,
-                straight_through=step.shortcut.straight_through,
-            )
     contrasts = trace.task.target == "vocabulary" and any(isinstance(head.loss, Contrast) for head in step.heads)
     lent = list(lent_to_heads(model, step.shortcut, owners, num_layers, contrasts_tokens=contrasts))
+    trains: list[set[str]] = [set() for _ in lent]
+    if config.borrows:
+        if config.head_copies == "trained":  # what is copied costs as much, whoever gets the gradient
+            trains = step.shortcut.taught_weights(lent)
+        all_trained = [*trains, set()]
+        shortcut = step.shortcut
+        step.shortcut = shortcut.with_own([mine | copied for mine, copied in zip(reach, all_trained, strict=True)])
+        if any(reach[0] & names for names in lent):
+            up_to = [set().union(*reach[: block + 1]) for block in range(num_layers)]
+            in_first = copy.copy(step)
+            in_first.shortcut = shortcut.with_own([mine | new for mine, new in zip(up_to, all_trained, strict=True)])
     weights = {
         name: Weight(
             parameter.numel(),
@@ -171,7 +174,7 @@ def _cut_everywhere(model: nn.Module, config: BlockLocalConfig, trace: Trace, se
         )
         for name, parameter in model.named_parameters()
     }
-    return _Parts(step, in_first, lent, weights)
+    return _Parts(step, in_first, lent, trains, weights)
 
 
 def assumed_targets(model: nn.Module, task: Task, setting: Setting, *, negatives: int | None) -> Targets:
@@ -221,7 +224,7 @@ def _teach(
     marks: Marks,
 ) -> None:
     """Run one training step and note the marks."""
-    watch = Watch(model, step.boundaries, marks)
+    watch = Watch(model, step.heads, step.boundaries, marks)
     was_training = model.training
     model.train()
     try:
@@ -259,7 +262,9 @@ def _layer(apart: Marks, together: Marks, layer: int) -> LayerCosts:
     )
 
 
-def _head(apart: Marks, in_first: Marks, head: nn.Module, block: int, borrows: set[str]) -> HeadCosts:
+def _head(
+    apart: Marks, in_first: Marks, head: nn.Module, block: int, borrows: set[str], trains: set[str]
+) -> HeadCosts:
     parameters = list(head.parameters())
     return HeadCosts(
         operations=apart.arrived[block][0] - apart.left[block][0],
@@ -269,6 +274,7 @@ def _head(apart: Marks, in_first: Marks, head: nn.Module, block: int, borrows: s
         parameters=sum(parameter.numel() for parameter in parameters),
         weight_bytes=sum(parameter.numel() * parameter.element_size() for parameter in parameters),
         borrows=frozenset(borrows),
+        trains=frozenset(trains),
     )
 
 

@@ -10,7 +10,7 @@ backpropagation.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from copy import copy
 from typing import Any
@@ -84,23 +84,41 @@ class Shortcut:
         self.copies: Copies | None = None
         self.confines = confines
         self.straight_through = straight_through
+        self._learning: Collection[nn.Parameter] = ()
         self._cut = cut
         self._trace = trace
         self._layers = [model.get_submodule(path) for path in cut.layers]
         self._kept = [borrowed_layers(cut, block, count) for block in range(cut.num_blocks - 1)]
-        self._foreign = [
-            [parameter for name, parameter in model.named_parameters() if name not in mine] for mine in reached
-        ]
+        self._foreign = self._all_but(reached)
         self._normalising = [module for module in model.modules() if statistics_of(module)]
 
-    def through(self, model: nn.Module) -> Shortcut:
-        """Return the same way through another model of the same structure, whose parameters nobody trains."""
+    def through(self, model: nn.Module, *, learning: Collection[nn.Parameter] = ()) -> Shortcut:
+        """Return the same way through another model of the same structure.
+
+        Args:
+            model: The model.
+            learning: Those of its parameters that belong to the head; the others nobody trains by it.
+        """
         other = copy(self)
-        other.model, other.copies = model, None
+        other.model, other.copies, other._learning = model, None, learning
         other._layers = [model.get_submodule(path) for path in self._cut.layers]
         other._foreign = [[] for _ in self._foreign]
         other._normalising = [module for module in model.modules() if statistics_of(module)]
         return other
+
+    def with_own(self, reached: Sequence[set[str]]) -> Shortcut:
+        """Return the same way, where other parameters than so far are each block's own to train.
+
+        Args:
+            reached: For each block, the names of those parameters.
+        """
+        other = copy(self)
+        other._foreign = self._all_but(reached)
+        return other
+
+    def _all_but(self, reached: Sequence[set[str]]) -> list[list[nn.Parameter]]:
+        named = list(self.model.named_parameters())
+        return [[parameter for name, parameter in named if name not in mine] for mine in reached]
 
     def kept_layers(self, block: int) -> tuple[int, ...]:
         """Return the layers that the head of a block borrows."""
@@ -125,6 +143,17 @@ class Shortcut:
                 and (self.straight_through or layers[name] is None or layers[name] in (*kept, *openers))
             }
             for block, kept in enumerate(self._kept)
+        ]
+
+    def taught_weights(self, lent: Sequence[set[str]]) -> list[set[str]]:
+        """Return which of the parameters that each head uses its loss has a gradient for: not layers that it bypasses.
+
+        Args:
+            lent: For each block but the last, the names of the parameters of later blocks that its head uses.
+        """
+        return [
+            {name for name in names if self._cut.layer_of_path(name) in (None, *kept)}
+            for names, kept in zip(lent, self._kept, strict=True)
         ]
 
     def logits(
@@ -202,7 +231,10 @@ class Shortcut:
             head_only: Whether no parameter of the model gets any.
         """
         copies = self.copies.in_use(block) if self.copies is not None else nullcontext()
-        foreign = self.model.parameters() if head_only else self._foreign[block]
+        if head_only:
+            foreign = [parameter for parameter in self.model.parameters() if parameter not in self._learning]
+        else:
+            foreign = self._foreign[block]
         with read_only(foreign), copies, statistics_kept(self._normalising):
             yield
 

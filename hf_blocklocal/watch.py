@@ -54,15 +54,16 @@ class Watch:
 
     Args:
         model: The model.
+        heads: The heads of its blocks; their weights do not count as saved, nor do the model's.
         boundaries: Its cut. While that is suspended, nothing is noted.
         marks: Where to note.
     """
 
-    def __init__(self, model: nn.Module, boundaries: Boundaries, marks: Marks) -> None:
+    def __init__(self, model: nn.Module, heads: Iterable[nn.Module], boundaries: Boundaries, marks: Marks) -> None:
         self._boundaries, self._marks = boundaries, marks
         self._layers = [model.get_submodule(path) for path in boundaries.cut.layers]
         self._ends = iter([span.last for span in boundaries.cut.spans])
-        self._flops, self._saved = counter(), ActivationMeter(model)
+        self._flops, self._saved = counter(), ActivationMeter(nn.ModuleList([model, *heads]))
         self._handed_on: list[Tensor] = []
 
     @contextmanager

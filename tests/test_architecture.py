@@ -15,7 +15,7 @@ import hf_blocklocal
 PACKAGE = Path(__file__).parents[1] / "hf_blocklocal"
 FLOORS = [
     ["errors"],
-    ["combinations", "crossing", "fitting", "generation", "lending", "values"],
+    ["combinations", "crossing", "fitting", "generation", "lending", "loans", "values"],
     [
         "anatomy",
         "anchor",

@@ -31,7 +31,7 @@ BEST = {
 }
 WRITTEN = {**BEST, "metric_for_best_model": "written"}
 # What only block-parallel training fills in by itself.
-REFRESHED = {"head_refresh_steps": 10}
+COPIED = {"head_copies": "trained"}
 # Cases of two processes, each with the block-parallel size that it gets there.
 TWO = {
     "bert": {"specimen": "bert", "dropout": 0.1, "drift": 4, "args": BEST, "config": {}},
@@ -55,7 +55,7 @@ TWO = {
         "overflows": [[3], "bert.encoder.layer.2.attention.self.query"],
         "config": {"step_per_block": True, "head_layers": 0},
     },
-    "llama, in fp16": {"specimen": "llama", "half": True, "config": {"head_layers": 1, **REFRESHED}},
+    "llama, in fp16": {"specimen": "llama", "half": True, "config": {"head_layers": 1}},
     "gpt2": {
         "specimen": "gpt2",
         "dropout": 0.1,
@@ -67,7 +67,7 @@ TWO = {
     "llama": {
         "specimen": "llama",
         "args": {"bf16": True},
-        "config": {"head_layers": 1, "head_refresh_decay": 0.5, "chunked_loss": 5},
+        "config": {"head_layers": 1, "head_copies": "frozen", "head_refresh_decay": 0.5, "chunked_loss": 5},
     },
     "llama, own heads": {
         "specimen": "llama",
@@ -106,7 +106,7 @@ TWO = {
     "llama, compiled": {
         "specimen": "llama",
         "args": {"torch_compile": True, "torch_compile_backend": "eager"},
-        "config": {"head_layers": 0, **REFRESHED},
+        "config": {"head_layers": 0, "head_refresh_steps": 10},
     },
     "bert, partly frozen": {
         "specimen": "bert",
@@ -182,7 +182,7 @@ def settled(case, *, processes):
     config = {"num_blocks": 2, **case["config"]}
     borrows = config.get("head_layers") != 0 and case["specimen"] not in ("t5", "bart")
     if processes == 1 and borrows and not any(name.startswith("head_refresh") for name in config):
-        config |= REFRESHED | {"head_refresh_lag": 1 + (config["num_blocks"] - 1) // 3}
+        config |= COPIED
     if processes == 1 and case["specimen"] in ("t5", "bart"):
         config = {"head_layers": 0, **config}
     return case | {"config": config | ({"block_parallel_size": processes} if processes > 1 else {})}

@@ -166,7 +166,8 @@ class Watch(TrainerCallback):
 @pytest.mark.parametrize("accumulation", [1, 2])
 @pytest.mark.parametrize(("every", "lag"), [(0, 0), (3, 0), (2, 3), (1, 1)])
 def test_a_run_borrows_what_is_due(every, lag, accumulation, tmp_path):
-    config = BlockLocalConfig(num_blocks=2, head_layers=1, head_refresh_steps=every, head_refresh_lag=lag)
+    refresh = {"head_copies": "frozen", "head_refresh_steps": every, "head_refresh_lag": lag}
+    config = BlockLocalConfig(num_blocks=2, head_layers=1, **refresh)
     trainer = make("bert", tmp_path, config=config, max_steps=7, gradient_accumulation_steps=accumulation)
     watch = Watch()
     watch.trainer = trainer
@@ -190,10 +191,11 @@ def trained(folder, **values):
 
 def test_a_copy_at_every_step_is_the_live_layers(tmp_path):
     # An average that keeps next to nothing of the old copy takes the way over copies.
-    live_layers, copied = trained(tmp_path), trained(tmp_path, head_refresh_decay=1e-12)
+    live_layers = trained(tmp_path)
+    copied = trained(tmp_path, head_copies="frozen", head_refresh_decay=1e-12)
     for key, value in live_layers.items():
         torch.testing.assert_close(copied[key], value, rtol=1e-5, atol=1e-7)
-    frozen = trained(tmp_path, head_refresh_steps=0)
+    frozen = trained(tmp_path, head_copies="frozen", head_refresh_steps=0)
     assert not torch.allclose(
         frozen["model.bert.encoder.layer.0.output.dense.weight"],
         live_layers["model.bert.encoder.layer.0.output.dense.weight"],
@@ -215,10 +217,11 @@ def test_copies_stay_in_place_until_the_backward_pass_is_over(setting, tmp_path)
         torch.testing.assert_close(other[key], value, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("kind", ["frozen", "trained"])
 @pytest.mark.parametrize(("every", "lag", "decay"), [(0, 0, 0.0), (2, 3, 0.5), (3, 1, 0.0)])
-def test_a_resumed_run_borrows_the_same_to_the_bit(every, lag, decay, tmp_path):
+def test_a_resumed_run_borrows_the_same_to_the_bit(every, lag, decay, kind, tmp_path):
     refresh = {"head_refresh_steps": every, "head_refresh_lag": lag, "head_refresh_decay": decay}
-    config = BlockLocalConfig(num_blocks=2, head_layers=1, **refresh)
+    config = BlockLocalConfig(num_blocks=2, head_layers=1, head_copies=kind, **refresh)
     saving = {"config": config, "max_steps": 9, "save_steps": 4}
     whole, resumed = whole_and_resumed(tmp_path, killed_after=6, **saving)
     assert equal(snapshot(whole), snapshot(resumed))
@@ -243,6 +246,11 @@ def test_live_layers_are_neither_copied_nor_saved(tmp_path):
             {"head_refresh_steps": 2, "boundaries": (2,)},
             {"head_refresh_steps": 2, "boundaries": (2,), "head_layers": 2},
             r"layer\.2\.\S+ has shape None in the file",
+        ),
+        (
+            {"head_refresh_steps": 2, "head_copies": "frozen"},
+            {"head_refresh_steps": 2, "head_copies": "trained"},
+            r"Resume with the cut, the head_layers, the head_copies",
         ),
     ],
 )

@@ -259,7 +259,7 @@ def test_copies_on_several_devices_are_saved_once_and_loaded_everywhere(tmp_path
         model = torch.nn.Linear(2, 2)
         like, pool = Copies(model, [{"weight"}], every=2, lag=1), Pool(model)
         places = {(device(index), "weight") for index in (0, 1)}
-        return model, like, CopiesOnDevices(pool, places, set(), like), pool
+        return model, like, CopiesOnDevices(pool, places, set(), like, [device(0), device(1)]), pool
 
     with Machine().running(), torch.no_grad():
         model, like, copies, _ = made()

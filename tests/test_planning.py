@@ -21,6 +21,8 @@ from hf_blocklocal.watch import counter
 CASES = [
     *[(name, {}) for name in ("bert", "bert_mlm", "gpt2", "llama", "mixtral", "vit")],
     *[(name, {"head_layers": 0}) for name in ("bert", "gpt2", "llama", "t5", "bart", "whisper")],
+    *[(name, {"head_copies": "trained"}) for name in ("bert", "llama", "mixtral", "vit")],
+    ("gpt2", {"head_copies": "trained", "tied_weights": "untie"}),
     ("llama", {"head_layers": 1, "head_lens": True}),
     ("llama", {"head_layers": 0, "chunked_loss": 16}),
 ]
@@ -56,7 +58,7 @@ def trained(model, block_local, batch):
     assembly = assemble(model, block_local, batch)
     model.train()
     # One after the other: the counter of operations keeps some tensors for a while.
-    flops, saved, operations, kept = counter(), ActivationMeter(model), [], []
+    flops, saved, operations, kept = counter(), ActivationMeter(assembly.module), [], []
     with flops:
         _step(assembly, batch, lambda loss: loss.backward(), lambda: operations.append(flops.get_total_flops()))
     with saved:
@@ -85,7 +87,7 @@ def test_a_plan_counts_the_operations_of_a_step_exactly_and_its_bytes_within_fiv
     costs = planned(model, block_local, batch, distinct=distinct)
     spans = assembly.cut.spans
     assert [costs.operations(span) for span in spans] == operations
-    assert [costs.trained(span)[0] for span in spans] == [
+    assert [costs.trained(span)[0] + costs.trained_copies(span)[0] for span in spans] == [
         sum(parameter.numel() for parameter in block if parameter.requires_grad) for block in assembly.parameters
     ]
     for span, kept in zip(spans, saved, strict=True):

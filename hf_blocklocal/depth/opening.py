@@ -162,7 +162,7 @@ def _assembled(
     if config.blocks_apart:  # what is left open depends on it
         config = settled(config, single_stack=not is_encoder_decoder(model))
     # Of copies and second runs nothing is left after training; heads borrow the layers that are saved.
-    live = {"head_refresh_steps": 1, "head_refresh_lag": 0, "head_refresh_decay": 0.0}
+    live = {"head_refresh_steps": 1, "head_refresh_lag": 0, "head_refresh_decay": 0.0, "head_copies": "auto"}
     config = replace(config, **live, denoising=0.0, block_parallel_size=1, placement="auto")
     boundaries = None if heads is None else saved_boundaries(heads)
     if boundaries is not None and len(boundaries) + 1 == config.num_blocks:

@@ -6,6 +6,7 @@ blocks, rarely anything, it has as it is: they are ahead, so nobody waits for th
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -63,15 +64,20 @@ class CopiesOnDevices(Copies):
         pool: Copies of weights.
         lent: Which of them are of later blocks; frozen ones stay as they are.
         lower: Which of them are of earlier blocks.
-        like: The schedule to follow.
+        like: The schedule to follow; its copies that learn are on their way with their heads.
+        devices: The device of each block.
     """
 
-    def __init__(self, pool: Pool, lent: set[Place], lower: set[Place], like: Copies) -> None:
+    def __init__(
+        self, pool: Pool, lent: set[Place], lower: set[Place], like: Copies, devices: Sequence[torch.device]
+    ) -> None:
         super().__init__(nn.Module(), [], every=like.every, lag=like.lag, decay=like.decay)
+        self.learning, self._devices = like.learning, devices
         places = sorted((place for place in lent if place[1] in like.live), key=str)
-        self._names = {f"{device}/{name}": name for device, name in places}
         self._copies = {f"{device}/{name}": pool.copy(name, device) for device, name in places}
-        self.live = {key: pool.live[name] for key, name in self._names.items()}
+        learning = [(devices[block], name) for block, mine in enumerate(like.learning) for name in mine]
+        self._places_of = {f"{device}/{name}": (device, name) for device, name in (*places, *learning)}
+        self.live = {key: pool.live[name] for key, (_, name) in self._places_of.items()}
         self._lower = [(pool.live[name], pool.copy(name, device)) for device, name in sorted(lower - lent, key=str)]
 
     def __getitem__(self, parameter: nn.Parameter) -> Tensor:
@@ -92,7 +98,7 @@ class CopiesOnDevices(Copies):
             super()._set_out(used_at, now=True)
         else:
             self._waiting[used_at] = {
-                key: set_out(self.live[key].detach(), copy.device) for key, copy in self._copies.items()
+                key: set_out(self.live[key].detach(), device) for key, (device, _) in self._places_of.items()
             }
 
     def _waited_for(self, step: int) -> dict[str, Tensor]:
@@ -109,8 +115,12 @@ class CopiesOnDevices(Copies):
         for key, tensor in super().state().items():
             kind, _, rest = key.partition("/")
             step, _, rest = rest.partition("/") if kind == "waiting" else ("", "", rest)
-            state["/".join(part for part in (kind, step, self._names.get(rest, rest)) if part)] = tensor
+            _, name = self._places_of.get(rest, (None, rest))
+            state["/".join(part for part in (kind, step, name) if part)] = tensor
         return state
 
+    def _key(self, block: int, name: str) -> str:
+        return f"{self._devices[block]}/{name}"
+
     def _keys_of(self, name: str) -> list[str]:
-        return [key for key, known in self._names.items() if known == name]
+        return [key for key, (_, known) in self._places_of.items() if known == name]

@@ -70,7 +70,7 @@ class Spread:
             _move_(self._model.get_submodule(path), self.devices[cut.block_of_layer(index)])
         copies = assembly.copies
         if copies is not None:
-            copies = CopiesOnDevices(self._pool, lent, lower, copies)
+            copies = CopiesOnDevices(self._pool, lent, lower, copies, self.devices)
         self.assembly = replace(assembly, copies=copies)
         if step.shortcut is not None:
             step.shortcut = Twins(step.shortcut, twins, self.devices)

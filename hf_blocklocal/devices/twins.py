@@ -29,11 +29,13 @@ class Twin:
 
     Attributes:
         model: The model.
-        lent: Copies that it uses of later blocks' weights.
+        learning: Copies of later blocks' weights that the head trains as its own.
+        lent: Other copies that it uses of later blocks' weights.
         lower: Copies that it uses of earlier blocks' weights.
     """
 
     model: nn.Module
+    learning: frozenset[nn.Parameter]
     lent: frozenset[Place]
     lower: frozenset[Place]
 
@@ -57,12 +59,15 @@ def make_twin(
     not_embedded = embedding is not None and not any(
         parameter is embedding.weight and name in used | own for name, parameter in model.named_parameters()
     )
+    learning = assembly.copies.learning[block] if assembly.copies is not None else {}
     memo: dict[int, Any] = {}
     places: dict[str, set[Place]] = {"lent": set(), "lower": set()}
     for name, parameter in model.named_parameters():
         layer = cut.layer_of_path(name)
         is_left_out = layer is not None and cut.layers[layer] not in kept and name not in used
-        if name in own and not is_left_out:
+        if name in learning:
+            memo[id(parameter)] = learning[name]
+        elif name in own and not is_left_out:
             memo[id(parameter)] = parameter
         elif is_left_out or (not_embedded and parameter is embedding.weight):
             memo[id(parameter)] = nn.Parameter(torch.empty_like(parameter, device="meta"), requires_grad=False)
@@ -77,7 +82,7 @@ def make_twin(
     if not_embedded:
         own_embedding = input_embedding(twin)
         own_embedding.forward = _no_embedding(embedding.weight.shape[-1], embedding.weight.dtype)
-    return Twin(twin, frozenset(places["lent"]), frozenset(places["lower"]))
+    return Twin(twin, frozenset(learning.values()), frozenset(places["lent"]), frozenset(places["lower"]))
 
 
 def _with_statistics_(twin: nn.Module, assembly: Assembly, block: int, device: torch.device, pool: Pool) -> set[Place]:
@@ -118,7 +123,7 @@ class Twins:
     def __init__(self, shortcut: Shortcut, twins: Sequence[Twin], devices: Sequence[torch.device]) -> None:
         self.confines = shortcut.confines
         self._model, self._twins, self._devices = shortcut.model, twins, devices
-        self._ways = [shortcut.through(twin.model) for twin in twins]
+        self._ways = [shortcut.through(twin.model, learning=twin.learning) for twin in twins]
 
     def logits(self, block: int, hidden: Tensor, inputs: Mapping[str, Any], *others: Any, **options: Any) -> Tensor:
         """Run a block's twin from the end of the block on; see `Shortcut.logits`."""

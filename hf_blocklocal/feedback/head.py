@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from hf_blocklocal.feedback.base import FeedbackNetwork
 from hf_blocklocal.feedback.lens import Lens
+from hf_blocklocal.loans import Loan
 from hf_blocklocal.losses import LocalLoss, Messages, Reconstruction, SimilarityMatching
 from hf_blocklocal.losses.margin import satisfied
 from hf_blocklocal.targets import Alignment, Pooling, Targets
@@ -18,6 +19,9 @@ from hf_blocklocal.targets import Alignment, Pooling, Targets
 
 class FeedbackHead(nn.Module):
     """Readout of the block, feedback network from the target, and the loss where the two messages meet.
+
+    Attributes:
+        loan: Copies of borrowed layers that the head trains as its own; None where it trains none.
 
     Args:
         readout: Maps rows of the hidden state (R, D) to natural parameters (R, Z).
@@ -61,6 +65,7 @@ class FeedbackHead(nn.Module):
         self.similarity = similarity
         self.sim = sim
         self.reconstruction = reconstruction
+        self.loan: Loan | None = None
 
     def translate(self, hidden: Tensor) -> Tensor:
         """Return what borrowed layers are to be given in place of the block's output."""

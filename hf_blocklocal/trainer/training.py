@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import Trainer
 
 from hf_blocklocal.anchor import Anchor
-from hf_blocklocal.assembly import Assembly, assemble, check_structure
+from hf_blocklocal.assembly import Assembly, assemble, check_structure, name_of_original
 from hf_blocklocal.bootstrap import bootstrap_weight
 from hf_blocklocal.compilation import layers_compiled
 from hf_blocklocal.config import BlockLocalConfig
@@ -145,6 +145,11 @@ class BlockLocalMixin(EvaluatesBlocks, SavesBlocks, PushesRuns, ScalesBlocks, Wr
         if self.block_local.step_per_block and self.assembly.last > 0:
             check_steps_by_block(self._inner_optimizer)
         return optimizer
+
+    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
+        """Let copies that a head trains decay as the weights that they are copies of."""
+        names = set(super().get_decay_parameter_names(model))
+        return [name for name in sorted(names) if name_of_original(name) in names]
 
     @property
     def _inner_optimizer(self) -> torch.optim.Optimizer:

@@ -1,0 +1,218 @@
+"""Heads train copies of the layers above: each its own, with its block, and nothing of them is left afterwards."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from test_optim import three_blocks
+from test_parity import arguments, equal, examples
+from training import make, snapshot
+from transformers import Trainer
+from zoo import SPECIMENS
+
+from hf_blocklocal import BlockLocalConfig, assemble
+from hf_blocklocal.checkpoint import HEADS_NAME, load_heads_, save_heads
+from hf_blocklocal.copies import Copies
+from hf_blocklocal.defaults import settled
+from hf_blocklocal.errors import ConfigError
+from hf_blocklocal.loans import Loan
+
+
+LENT = [{"1.weight", "2.weight"}, {"2.weight"}]
+ALONE = {"head_copies": "trained", "head_refresh_steps": 0}
+
+
+def learning_of(trainer, block):
+    return {name: copy.detach().clone() for name, copy in trainer.assembly.copies.learning[block].items()}
+
+
+# ---- What trained copies are for ----
+
+
+@pytest.mark.parametrize("name", ["bert", "gpt2", "vit"])
+def test_a_block_that_trains_copies_of_all_above_learns_what_backpropagation_teaches_it(name, tmp_path):
+    settings = {"optim": "sgd", "learning_rate": 0.05, "max_steps": 5, "max_grad_norm": 0}
+    tied = {"negatives": None, "tied_weights": "untie"} if name == "gpt2" else {}
+    config = BlockLocalConfig(num_blocks=2, head_layers=4, **tied, **ALONE)
+    ours = make(name, tmp_path / "ours", config=config, **settings)
+    plain_model = SPECIMENS[name].build()
+    if tied:
+        plain_model.lm_head.weight = torch.nn.Parameter(plain_model.lm_head.weight.detach().clone())
+    plain = Trainer(plain_model, arguments(tmp_path / "plain", **settings), train_dataset=examples(SPECIMENS[name]))
+    ours.train()
+    plain.train()
+    expected = dict(plain.model.named_parameters())
+    mine = {id(parameter) for parameter in ours.assembly.parameters[0]}
+    own = {key: p for key, p in ours.model.named_parameters() if id(p) in mine}
+    assert own
+    for key, parameter in {**own, **learning_of(ours, 0)}.items():
+        torch.testing.assert_close(parameter.detach(), expected[key].detach(), rtol=1e-4, atol=1e-5)
+    start = dict(SPECIMENS[name].build().named_parameters())
+    assert not any(torch.equal(parameter, start[key]) for key, parameter in own.items() if "key.bias" not in key)
+
+
+def test_no_gradient_of_a_head_reaches_the_layers_that_it_has_copied(borrow):
+    model, batch = borrow("bert"), SPECIMENS["bert"].batch(0)
+    assembly = assemble(model, BlockLocalConfig(num_blocks=3, head_layers=1, **ALONE), batch)
+    assembly.begin_step(0)
+    names = {parameter: name for name, parameter in assembly.module.named_parameters()}
+    for block in range(2):
+        current = []
+
+        def backward(loss, block=block, current=current):
+            if len(current) == block:
+                loss.backward()
+
+        targets = assembly.read_targets(batch)
+        learned = lambda *done, current=current: current.append(done)  # noqa: E731
+        with assembly.step.teach(targets, scale=1.0, inputs=batch, backward=backward, learned=learned):
+            model(**batch)
+        reached = {name for parameter, name in names.items() if parameter.grad is not None}
+        mine = {names[parameter] for parameter in assembly.parameters[block]}
+        assert reached <= mine
+        assert {name for name in reached if name.startswith(f"heads.{block}.loan.")} == {
+            f"heads.{block}.loan.{name}" for name in assembly.copies.learning[block]
+        }
+        assembly.module.zero_grad()
+
+
+def test_heads_of_several_blocks_train_copies_of_the_same_layer_apart(tmp_path):
+    config = BlockLocalConfig(num_blocks=3, head_layers=1, **ALONE)
+    trainer = make("bert", tmp_path, config=config, optim="sgd", learning_rate=0.1)
+    trainer.train()
+    first, second = (learning_of(trainer, block) for block in range(2))
+    assert first.keys() == second.keys()
+    live = dict(trainer.model.named_parameters())
+    for one, other in ((first, second), (first, live), (second, live)):
+        assert any(not torch.equal(one[name], other[name]) for name in first)
+
+
+def test_layers_that_a_head_bypasses_are_not_trained():
+    specimen = SPECIMENS["bert"]
+    config = BlockLocalConfig(num_blocks=2, boundaries=(1,), head_layers=1, head_bypass="straight_through", **ALONE)
+    copies = assemble(specimen.build(), config, specimen.batch(0)).copies
+    assert {name.split(".")[3] for name in copies.learning[0] if ".layer." in name} == {"3"}
+    assert {name.split(".")[3] for name in copies._copies if ".layer." in name} == {"1", "2"}
+
+
+# ---- Refreshing them ----
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.5])
+def test_a_refresh_goes_a_part_of_the_way_from_what_a_copy_has_learned(decay):
+    model = three_blocks()
+    copies = Copies(model, LENT, every=2, lag=1, decay=decay, learns=LENT)
+    live = {name: model.get_parameter(name).detach().clone() for name in LENT[0]}
+    copies.advance_(0)
+    for block, learning in enumerate(copies.learning):
+        assert learning.keys() == LENT[block]
+        for name, copy in learning.items():
+            assert torch.equal(copy, live[name])
+            copy.data.add_(1.0 + block)
+    copies.advance_(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(3.0)
+    copies.advance_(2)
+    for block, learning in enumerate(copies.learning):
+        for name, copy in learning.items():
+            expected = decay * (live[name] + 1.0 + block) + (1 - decay) * live[name]
+            torch.testing.assert_close(copy.detach(), expected)
+
+
+def test_what_is_not_trained_is_copied_once_for_all_heads():
+    model = three_blocks()
+    copies = Copies(model, LENT, every=2, learns=[{"1.weight"}, {"2.weight"}])
+    assert [set(learning) for learning in copies.learning] == [{"1.weight"}, {"2.weight"}]
+    assert set(copies._copies) == {"2.weight"}
+    with copies.in_use(0):
+        assert model[1].weight is copies.learning[0]["1.weight"]
+        assert model[2].weight is copies._copies["2.weight"]
+    with copies.in_use(1):
+        assert model[2].weight is copies.learning[1]["2.weight"]
+    assert model[2].weight.requires_grad
+
+
+# ---- Where they are ----
+
+
+def test_optimizers_see_a_loan_and_state_dicts_do_not():
+    loan = Loan({"a.b.weight": torch.nn.Parameter(torch.ones(2)), "c": torch.nn.Parameter(torch.ones(1))})
+    module = torch.nn.Sequential(torch.nn.Linear(2, 2), loan)
+    assert [name for name, _ in loan.named_parameters()] == ["c", "a.b.weight"]
+    assert list(module.state_dict()) == ["0.weight", "0.bias"]
+    module.load_state_dict(module.state_dict())
+
+
+def test_heads_are_saved_without_what_they_train_of_the_model(tmp_path):
+    specimen = SPECIMENS["bert"]
+    config = BlockLocalConfig(num_blocks=2, head_layers=1, head_lens=True, **ALONE)
+    assembly = assemble(specimen.build(), config, specimen.batch(0))
+    save_heads(tmp_path, heads=assembly.heads.state_dict(), cut=assembly.cut)
+    live = assemble(specimen.build(), BlockLocalConfig(num_blocks=2, head_layers=1, head_lens=True), specimen.batch(0))
+    load_heads_(live.heads, tmp_path, cut=live.cut)
+    assert (tmp_path / HEADS_NAME).is_file()
+
+
+def test_copies_decay_as_what_they_are_copies_of(tmp_path):
+    config = BlockLocalConfig(num_blocks=2, head_layers=1, **ALONE)
+    trainer = make("bert", tmp_path, config=config, weight_decay=0.1)
+    trainer.create_optimizer()
+    decays = {id(p): group["weight_decay"] for group in trainer.optimizer.param_groups for p in group["params"]}
+    live = dict(trainer.model.named_parameters())
+    found = set()
+    for name, copy in trainer.assembly.copies.learning[0].items():
+        assert decays[id(copy)] == decays[id(live[name])], name
+        found.add(decays[id(copy)])
+    assert found == {0.0, 0.1}
+
+
+def test_the_table_of_blocks_counts_what_heads_train():
+    specimen = SPECIMENS["bert"]
+    assembly = assemble(specimen.build(), BlockLocalConfig(num_blocks=2, head_layers=1, **ALONE), specimen.batch(0))
+    numbers = sum(copy.numel() for copy in assembly.copies.learning[0].values())
+    assert f"{numbers:,}" in assembly.describe()
+    frozen = BlockLocalConfig(num_blocks=2, head_layers=1, head_copies="frozen", head_refresh_steps=0)
+    still = assemble(specimen.build(), frozen, specimen.batch(0))
+    assert assembly.head_costs[0] > 1.2 * still.head_costs[0]
+
+
+@pytest.mark.parametrize("setting", [{"step_per_block": True}, {"head_warmup_steps": 2}, {"anchor": 0.5}])
+def test_they_go_with_other_settings(setting, tmp_path):
+    config = BlockLocalConfig(num_blocks=2, head_layers=1, head_copies="trained", head_refresh_steps=2, **setting)
+    trainer = make("bert", tmp_path / "with", config=config, max_steps=5)
+    start = learning_of(trainer, 0)
+    trainer.train()
+    assert not equal(start, learning_of(trainer, 0))
+    if "step_per_block" in setting:
+        usual = BlockLocalConfig(num_blocks=2, head_layers=1, head_copies="trained", head_refresh_steps=2)
+        together = make("bert", tmp_path / "without", config=usual, max_steps=5)
+        together.train()
+        assert equal(snapshot(trainer), snapshot(together))
+
+
+# ---- Settings ----
+
+
+def test_where_blocks_are_apart_copies_are_trained_late_and_half_refreshed():
+    apart = settled(BlockLocalConfig(num_blocks=4, block_parallel_size=4), single_stack=True)
+    assert (apart.head_copies, apart.head_refresh_steps, apart.head_refresh_lag) == ("trained", 10, 2)
+    assert apart.head_refresh_decay == 0.5
+    asked = settled(BlockLocalConfig(num_blocks=4, head_copies="trained"), single_stack=True)
+    for name in ("head_refresh_steps", "head_refresh_lag", "head_refresh_decay", "head_layers"):
+        assert getattr(asked, name) == getattr(apart, name)
+
+
+def test_frozen_copies_are_refreshed_in_full():
+    config = BlockLocalConfig(num_blocks=2, block_parallel_size=2, head_copies="frozen")
+    assert settled(config, single_stack=True).head_refresh_decay == 0.0
+
+
+def test_live_layers_leave_open_what_copies_would_be():
+    assert settled(BlockLocalConfig(num_blocks=4), single_stack=True).head_copies == "auto"
+
+
+@pytest.mark.parametrize("setting", [{"head_layers": 0}, {"feedback": "direct"}])
+def test_copies_of_nothing_cannot_be_trained(setting):
+    with pytest.raises(ConfigError, match="head_copies='trained' and head_layers=0 exclude each other"):
+        settled(BlockLocalConfig(head_copies="trained", **setting), single_stack=True)
