@@ -105,8 +105,8 @@ CANDIDATES = [
     Row("head_layers=0", "local", {"head_layers": 0}),
     Row("head_layers=1", "local", {"head_layers": 1}),
     Row("head_layers=2", "local", {"head_layers": 2}),
-    Row("default, copies 10 steps late", "local", {"head_refresh_steps": 10, "head_refresh_lag": 10}),
     Row("default in several processes", "local", in_processes=True),
+    Row("frozen copies in several processes", "local", {"head_copies": "frozen"}, in_processes=True),
     Row("default, polished", "local", {"polish": 0.2}),
     Row("straight through", "local", {"head_bypass": "straight_through"}),
 ]
