@@ -40,6 +40,7 @@ from hf_blocklocal.feedback import FeedbackHead
 from hf_blocklocal.groups import factors_by_block, rates_of_feedback, scale_learning_rates_
 from hf_blocklocal.inlets import Inlets
 from hf_blocklocal.losses import Contrast
+from hf_blocklocal.needs import trace_needs
 from hf_blocklocal.partition import Span
 from hf_blocklocal.sampling import mixed, with_candidates
 from hf_blocklocal.settings import check_adapters, check_quantisation
@@ -268,6 +269,8 @@ def assemble(
     boundaries = Boundaries(model, cut, router_loss.routers if router_loss else None)
     reach = trace_reach(model, boundaries, inputs)
     config = with_shared_weights_settled_(model, config, reach, asked=asked == "untie")
+    if config.borrows:
+        boundaries.carried = trace_needs(model, boundaries, inputs).side_inputs
     inlets = Inlets(model, boundaries) if config.denoising > 0 or config.reconstruction > 0 else None
     denoising = None
     if config.denoising > 0:

@@ -6,12 +6,11 @@ decided here: the caller's `leave` is told.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-import torch
 from torch import Tensor, nn
 
 from hf_blocklocal.anatomy import hooks_outside_checkpoint
@@ -96,15 +95,18 @@ class Trail:
         beside: What the layer that ends the block has returned beside its hidden state.
         ends: The hidden state that the last layer of each stack has handed on, by index of the layer; with history
             only of the block that is ending.
+        sides: What layers of the block have been given beside their hidden state that weights of other blocks have
+            made, such as the states of an encoder, by position or name; without history.
     """
 
     beside: tuple[Any, ...] = ()
     ends: dict[int, Tensor] = field(default_factory=dict)
+    sides: dict[int | str, Any] = field(default_factory=dict)
 
     def detached(self) -> Trail:
         """Return the same without history."""
         ends = {index: end.detach() for index, end in self.ends.items()}
-        return Trail(map_tensors(self.beside, Tensor.detach), ends)
+        return Trail(map_tensors(self.beside, Tensor.detach), ends, self.sides)
 
 
 class Boundaries:
@@ -113,6 +115,8 @@ class Boundaries:
     Attributes:
         station: Where one of its blocks is at work, if the others are elsewhere; None where all of them are here.
         exits: The last layer of every block but the last.
+        carried: For each block, positions and names of the side inputs of its layers that weights of other blocks have
+            made; a trail holds them. None are known at first.
 
     A block's hidden state is handed to `leave` where its last layer returns, and everything that layer returns goes on
     detached. Side inputs of a layer, such as position biases or the states of an encoder, are trained by the block
@@ -128,6 +132,7 @@ class Boundaries:
     def __init__(self, model: nn.Module, cut: Cut, routers: Mapping[str, int] | None = None) -> None:
         self.cut = cut
         self.station: Station | None = None
+        self.carried: Sequence[Set[int | str]] = [frozenset()] * cut.num_blocks
         self._layers = [model.get_submodule(path) for path in cut.layers]
         self.exits = {block: self._layers[span.last] for block, span in enumerate(cut.spans[:-1])}
         stacks = cut.stacks
@@ -169,8 +174,11 @@ class Boundaries:
                     stack.callback(router.register_forward_hook(visit.tap(block, index), prepend=True).remove)
             for index in range(self.cut.spans[here[0]].start, self.cut.spans[here[-1]].stop if self._layers else 0):
                 if not self.cut.owns_stack_start(index):
-                    layer = self._layers[index]
-                    stack.callback(layer.register_forward_pre_hook(visit.enter(index), with_kwargs=True).remove)
+                    layer, enter = (
+                        self._layers[index],
+                        visit.enter(index, self.carried[self.cut.block_of_layer(index)]),
+                    )
+                    stack.callback(layer.register_forward_pre_hook(enter, with_kwargs=True).remove)
                     stack.callback(layer.register_forward_hook(visit.remember).remove)
             for block in visit.expected:
                 stack.callback(self.exits[block].register_forward_hook(visit.leave(block)).remove)
@@ -225,8 +233,8 @@ class _Visit:
         self.suspended = False
         self.trail = Trail()
 
-    def enter(self, index: int) -> Callable[..., Any]:
-        """Detach the side inputs of a layer that other blocks have made."""
+    def enter(self, index: int, carried: Set[int | str]) -> Callable[..., Any]:
+        """Detach the side inputs of a layer that other blocks have made, and note those that are carried."""
 
         def hook(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
             if self.suspended:
@@ -237,12 +245,15 @@ class _Visit:
                 return tensor.detach() if tensor.requires_grad and id(tensor) not in made_here else tensor
 
             def side(name: int | str, value: Any) -> Any:
-                if made_elsewhere(value, made_here):
-                    if self._observe is not None:
-                        self._observe(index, name, value)
-                    if self._station is not None:
-                        value = self._station.side_input(name, value)
-                return map_tensors(value, detach)
+                from_elsewhere = made_elsewhere(value, made_here)
+                if from_elsewhere and self._observe is not None:
+                    self._observe(index, name, value)
+                if from_elsewhere and self._station is not None:
+                    value = self._station.side_input(name, value)
+                value = map_tensors(value, detach)
+                if from_elsewhere and name in carried:
+                    self.trail.sides[name] = value
+                return value
 
             hidden_name = None if args else hidden_name_in(kwargs)
             sides = {name: side(name, value) for name, value in kwargs.items() if name != hidden_name}
@@ -322,19 +333,3 @@ class _Visit:
                 "a block was skipped or ran twice. Random layer dropping and re-entrant checkpointing do this, and "
                 "trainers that run the model twice for a batch (in evaluations: evaluate_blocks=False)."
             )
-
-
-def reached_parameters(output: Tensor) -> set[nn.Parameter]:
-    """Return the parameters that a backward pass from a tensor would reach, without running it."""
-    reached: set[nn.Parameter] = set()
-    seen: set[torch.autograd.graph.Node] = set()
-    waiting = [output.grad_fn]
-    while waiting:
-        node = waiting.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        if hasattr(node, "variable"):
-            reached.add(node.variable)
-        waiting.extend(parent for parent, _ in node.next_functions)
-    return reached

@@ -94,11 +94,6 @@ def build_shortcut(
     if confines is None:
         with evaluation_mode(model):
             confines = trace.task.target == "vocabulary" and can_be_confined(model, inputs)
-    if trace.stacks[-1] > 0 and config.blocks_apart:
-        raise UnsupportedSettingError(
-            f"head_layers={config.head_layers} and {config.apart_by} exclude each other for {type(model).__name__}: "
-            "the decoder layers that a head borrows would need the states of the encoder. Use head_layers=0."
-        )
     straight_through = config.head_bypass == "straight_through"
     shortcut = Shortcut(
         model, cut, trace, config.head_layers, reach, confines=confines, straight_through=straight_through

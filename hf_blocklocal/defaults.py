@@ -1,21 +1,18 @@
-"""Fill in what a configuration leaves to the model: how many layers its heads borrow.
+"""Fill in what a configuration leaves to the model: how many layers its heads borrow, and how.
 
-Knows nothing of heads. What speaks against borrowing is that a user asked for a head of another kind, or that an
-encoder and a decoder are in different places: through a shortened decoder, encoders learned worse than from heads of
-their own, and a decoder that runs whole has to be where the encoder is.
+Knows nothing of heads. What speaks against borrowing is that a user asked for a head of another kind, or that the
+model cannot lend. Encoder-decoders are a case of their own: through a shortened decoder that has not learned to be
+one, encoders learned worse than from heads of their own. So heads run the whole decoder where it is, and train a
+shortened copy of it where it is not.
 """
 
 from __future__ import annotations
 
-import logging
 from dataclasses import replace
-from typing import Literal
 
 from hf_blocklocal.config import BlockLocalConfig
 from hf_blocklocal.errors import ConfigError
 
-
-logger = logging.getLogger(__name__)
 
 # Fields that speak of a head with parameters of its own; any that is not as it comes turns borrowing off.
 OWN_HEAD = (
@@ -32,7 +29,8 @@ OWN_HEAD = (
 
 # Where blocks are apart, nothing can be borrowed live without waiting for it.
 REFRESH_STEPS = 10
-# Copies that learn keep half of what they have learned: all that is new in a late one they lack, and it is older.
+# Copies that learn keep half of what they have learned. Those of a decoder keep all: they have learned to do without
+# the layers between them, and what a refresh would bring has not.
 REFRESH_DECAY = 0.5
 
 
@@ -70,14 +68,12 @@ def settled(config: BlockLocalConfig, *, single_stack: bool, lends: bool = True)
         return config
     if config.head_layers is None:
         _check_heads_of_one_kind(config)
-        reason = _reason_for_own_heads(config, single_stack=single_stack, lends=lends)
-        if reason == "decoder apart":
-            _warn_of_encoder(config)
-        config = replace(config, head_layers=default_head_layers(config.num_blocks) if reason is None else 0)
+        layers = default_head_layers(config.num_blocks) if _may_borrow(config, lends=lends) else 0
+        config = replace(config, head_layers=layers)
     if config.head_bypass == "auto":
         runs_all = config.head_layers > 0 and not single_stack and not config.blocks_apart
         config = replace(config, head_bypass="straight_through" if runs_all else "skip")
-    return refreshed(config) if config.borrows else config
+    return refreshed(config, single_stack=single_stack) if config.borrows else config
 
 
 def _own_head_field(config: BlockLocalConfig) -> str | None:
@@ -85,17 +81,9 @@ def _own_head_field(config: BlockLocalConfig) -> str | None:
     return next((name for name in OWN_HEAD if getattr(config, name) != getattr(BlockLocalConfig, name)), None)
 
 
-def _reason_for_own_heads(
-    config: BlockLocalConfig, *, single_stack: bool, lends: bool
-) -> Literal["asked for", "cannot lend", "decoder apart"] | None:
-    """Return why heads have parameters of their own, or nothing if they borrow layers."""
-    if config.head_bypass == "straight_through":
-        return None
-    if _own_head_field(config) is not None:
-        return "asked for"
-    if not lends:
-        return "cannot lend"
-    return None if single_stack or not config.blocks_apart else "decoder apart"
+def _may_borrow(config: BlockLocalConfig, *, lends: bool) -> bool:
+    """Tell whether heads are to borrow layers if nobody says how many."""
+    return config.head_bypass == "straight_through" or (_own_head_field(config) is None and lends)
 
 
 def _check_heads_of_one_kind(config: BlockLocalConfig) -> None:
@@ -107,20 +95,12 @@ def _check_heads_of_one_kind(config: BlockLocalConfig) -> None:
         )
 
 
-def _warn_of_encoder(config: BlockLocalConfig) -> None:
-    logger.warning(
-        "With %s, the blocks of an encoder-decoder learn from heads of their own. With those, a pretrained "
-        "encoder has come out worse than frozen (docs/learning.md): freeze it, or keep all blocks in one "
-        "process and on one device.",
-        config.apart_by,
-    )
-
-
-def refreshed(config: BlockLocalConfig) -> BlockLocalConfig:
+def refreshed(config: BlockLocalConfig, *, single_stack: bool = True) -> BlockLocalConfig:
     """Return a configuration that leaves nothing about copies open: late ones, where blocks are on several devices.
 
     Args:
         config: What was asked for, by someone whose heads use something of later blocks.
+        single_stack: Whether the model has one stack of layers.
     """
     if config.is_live and not config.blocks_apart:
         return config
@@ -128,6 +108,8 @@ def refreshed(config: BlockLocalConfig) -> BlockLocalConfig:
         config = replace(config, head_copies="trained" if config.borrows else "frozen")
     if (config.head_refresh_steps, config.head_refresh_lag, config.head_refresh_decay) != (1, 0, 0):
         return config
+    if config.head_copies == "trained" and not single_stack:
+        return replace(config, head_refresh_steps=0)
     return replace(
         config,
         head_refresh_steps=REFRESH_STEPS,

@@ -2,10 +2,10 @@
 
 The model's own forward runs a second time, from the end of the block on. Layers that are left out hand their input on,
 and so is what the layer before them has returned beside it, such as a position bias; or they run, and gradients go
-straight past them. Nothing needs to know what masks, rotary embeddings, norms or task heads the model has. A block in
-a decoder sees the encoder's states as they were made; above a block in an encoder lie the rest of the encoder and the
-whole decoder. Parameters outside the block get no gradient. With all layers above, the loss has the very gradient of
-backpropagation.
+straight past them. Nothing needs to know what masks, rotary embeddings, norms or task heads the model has. What other
+blocks have made for the layers of a block, such as an encoder's states for a block in the decoder, is as it was made;
+above a block in the encoder lie the rest of that and the whole decoder. Parameters outside the block get no gradient.
+With all layers above, the loss has the very gradient of backpropagation.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hf_blocklocal.anatomy import is_encoder_decoder
+from hf_blocklocal.anatomy import hooks_outside_checkpoint, is_encoder_decoder
 from hf_blocklocal.blocks import Cut, Trail
 from hf_blocklocal.config import BlockLocalConfig
 from hf_blocklocal.copies import Copies
@@ -185,6 +185,11 @@ class Shortcut:
             if tokens_C is not None:
                 stack.enter_context(_confined_to(self.model.get_output_embeddings(), tokens_C))
             for index, layer in enumerate(self._layers):
+                if trail.sides and index > self._cut.spans[block].last and self._is_beside(index, block):
+                    # Outside of a checkpoint, which would be computed again without it.
+                    stack.enter_context(hooks_outside_checkpoint(layer))
+                    hook = layer.register_forward_pre_hook(_giving(trail.sides), with_kwargs=True)
+                    stack.callback(hook.remove)
                 if index in given:
                     stack.enter_context(replaced_forward(layer, _returning(given[index])))
                 elif index not in self._kept[block]:
@@ -196,6 +201,10 @@ class Shortcut:
                     stack.enter_context(replaced_forward(layer, forward))
                 stack.callback(layer.register_forward_hook(beside.note(index)).remove)
             return _logits(self.model, inputs)
+
+    def _is_beside(self, layer: int, block: int) -> bool:
+        """Tell whether a layer is in the stack in which a block ends."""
+        return self._cut.stacks[layer] == self._cut.stacks[self._cut.spans[block].last]
 
     def _given(self, block: int, hidden: Tensor, trail: Trail) -> dict[int, Any]:
         """Return what layers have put out already: the last of the block, and those of the stacks before."""
@@ -322,6 +331,16 @@ def _straight_through(forward: Callable[..., Any]) -> Callable[..., Any]:
         return computed if isinstance(output, Tensor) else (computed, *beside_hidden(output))
 
     return run
+
+
+def _giving(sides: Mapping[int | str, Any]) -> Callable[..., Any]:
+    """Return a hook that gives a layer what is known of its side inputs."""
+
+    def hook(_layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+        args = tuple(sides.get(place, value) for place, value in enumerate(args))
+        return args, {name: sides.get(name, value) for name, value in kwargs.items()}
+
+    return hook
 
 
 def _returning(output: Any) -> Callable[..., Any]:

@@ -20,7 +20,7 @@ from hf_blocklocal.anatomy import (
     shifts_labels,
     vocabulary_size,
 )
-from hf_blocklocal.blocks import Boundaries, Cut, reached_parameters
+from hf_blocklocal.blocks import Boundaries, Cut
 from hf_blocklocal.config import BlockLocalConfig
 from hf_blocklocal.errors import CutError, TargetError
 from hf_blocklocal.operations import operation_counter
@@ -298,3 +298,19 @@ def _output(model: nn.Module, outputs: Any, name: str, position: int) -> Tensor:
             "learning needs a model with a task head that computes its own loss."
         )
     return value
+
+
+def reached_parameters(output: Tensor) -> set[nn.Parameter]:
+    """Return the parameters that a backward pass from a tensor would reach, without running it."""
+    reached: set[nn.Parameter] = set()
+    seen: set[torch.autograd.graph.Node] = set()
+    waiting = [output.grad_fn]
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if hasattr(node, "variable"):
+            reached.add(node.variable)
+        waiting.extend(parent for parent, _ in node.next_functions)
+    return reached

@@ -55,7 +55,7 @@ FLOORS = [
     ["feedback", "placement"],
     ["blocks", "card", "meters", "plots", "probe", "randomness", "settings"],
     ["checkpoint", "depth_plots", "inlets", "trace", "watch"],
-    ["chunked"],
+    ["chunked", "needs"],
     ["blueprint", "hub", "replay", "shortcut"],
     ["denoising"],
     ["step"],

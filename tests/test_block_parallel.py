@@ -74,7 +74,8 @@ TWO = {
         "batch_size": 3,
         "config": {"head_layers": 0, "head_refresh_steps": 3, "head_refresh_lag": 1},
     },
-    "t5": {"specimen": "t5", "dropout": 0.1, "config": {"tied_weights": "freeze"}},
+    "t5": {"specimen": "t5", "dropout": 0.1, "args": SAVED, "config": {"tied_weights": "freeze"}},
+    "t5, own heads": {"specimen": "t5", "dropout": 0.1, "config": {"tied_weights": "freeze", "head_layers": 0}},
     "t5, writing": {
         "specimen": "t5",
         "dropout": 0.1,
@@ -82,7 +83,7 @@ TWO = {
         "args": {**WRITTEN, "eval_steps": 1, "save_steps": 1},
         "patience": 1,
         "writes": {"max_length": 7, "num_beams": 2},
-        "config": {"tied_weights": "freeze", "head_refresh_steps": 10, "head_refresh_lag": 1},
+        "config": {"tied_weights": "freeze", "head_layers": 0},
     },
     "bert, LoRA": {
         "specimen": "bert",
@@ -127,7 +128,7 @@ TWO = {
 FOUR = {
     "bert in 4": {"specimen": "bert", "dropout": 0.1, "config": {"num_blocks": 4, "head_layers": 2}},
     "t5 in 4": {"specimen": "t5", "dropout": 0.1, "config": {"num_blocks": 4, "tied_weights": "freeze"}},
-    "deberta in 4": {"specimen": "deberta_v2", "config": {"num_blocks": 4, "head_layers": 0}},
+    "deberta in 4": {"specimen": "deberta_v2", "dropout": 0.1, "config": {"num_blocks": 4}},
     "bart in 4, writing": {
         "specimen": "bart",
         "dropout": 0.1,
@@ -136,7 +137,7 @@ FOUR = {
         "config": {
             "num_blocks": 4,
             "tied_weights": "freeze",
-            "head_refresh_steps": 10,
+            "head_refresh_steps": 2,
             "head_refresh_lag": 2,
         },
     },
@@ -180,11 +181,11 @@ COUNTED = {
 def settled(case, *, processes):
     """Return a case as it is to be run in one process, or in one for every block."""
     config = {"num_blocks": 2, **case["config"]}
-    borrows = config.get("head_layers") != 0 and case["specimen"] not in ("t5", "bart")
-    if processes == 1 and borrows and not any(name.startswith("head_refresh") for name in config):
-        config |= COPIED
-    if processes == 1 and case["specimen"] in ("t5", "bart"):
-        config = {"head_layers": 0, **config}
+    if processes == 1 and config.get("head_layers") != 0:
+        if not any(name.startswith("head_refresh") for name in config):
+            config |= COPIED
+        if case["specimen"] in ("t5", "bart"):
+            config |= {"head_bypass": "skip"}
     return case | {"config": config | ({"block_parallel_size": processes} if processes > 1 else {})}
 
 

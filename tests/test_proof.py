@@ -10,9 +10,10 @@ from zoo import CONTINUE, SPECIMENS
 
 from hf_blocklocal import BlockLocalConfig, assemble
 from hf_blocklocal.errors import SplitError, UnsupportedSettingError
-from hf_blocklocal.parallel.needs import check_heads_look_up, trace_needs, used_by_heads
+from hf_blocklocal.needs import trace_needs
 from hf_blocklocal.parallel.proof import check_block_alone
 from hf_blocklocal.parallel.stage import unneeded_here
+from hf_blocklocal.parallel.uses import check_heads_look_up, used_by_heads
 
 
 def checked(model, batch, *blocks, num_blocks=2, also_gone=()):
@@ -123,7 +124,7 @@ def borrowing(name, num_blocks, frozen=()):
     return assembly, used_by_heads(assembly, batch)
 
 
-@pytest.mark.parametrize("name", ["bert", "distilbert", "gpt2", "llama", "mixtral", "vit"])
+@pytest.mark.parametrize("name", ["bert", "distilbert", "deberta_v2", "gpt2", "llama", "mixtral", "vit", "t5", "bart"])
 def test_heads_use_what_later_blocks_train(name):
     assembly, used = borrowing(name, 4)
     check_heads_look_up(assembly, used)
@@ -131,8 +132,9 @@ def test_heads_use_what_later_blocks_train(name):
 
 
 def test_a_head_that_uses_what_an_earlier_block_trains_is_refused():
-    with pytest.raises(UnsupportedSettingError, match=r"head of block 1 of Deberta.*rel_embeddings.weight, which"):
-        check_heads_look_up(*borrowing("deberta_v2", 4))
-    check_heads_look_up(*borrowing("deberta_v2", 2))
-    shared = [f"deberta.encoder.{name}" for name in ("LayerNorm.bias", "LayerNorm.weight", "rel_embeddings.weight")]
-    check_heads_look_up(*borrowing("deberta_v2", 4, frozen=shared))
+    assembly, used = borrowing("bert", 4)
+    lower = "bert.embeddings.word_embeddings.weight"
+    with pytest.raises(UnsupportedSettingError, match=rf"head of block 1 of Bert.*{lower}, which"):
+        check_heads_look_up(assembly, [used[0], used[1] | {lower}, used[2]])
+    frozen, _ = borrowing("bert", 4, frozen=[lower])
+    check_heads_look_up(frozen, [used[0], used[1] | {lower}, used[2]])

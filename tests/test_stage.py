@@ -11,7 +11,7 @@ from zoo import SPECIMENS
 from hf_blocklocal import BlockLocalConfig, assemble
 from hf_blocklocal.blocks import EndOfBlock
 from hf_blocklocal.lending import replaced_tensors
-from hf_blocklocal.parallel.needs import trace_needs
+from hf_blocklocal.needs import trace_needs
 from hf_blocklocal.parallel.stage import Stage, let_go_, unneeded_here
 
 

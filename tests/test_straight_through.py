@@ -133,8 +133,8 @@ def test_it_is_the_default_of_an_encoder_decoder_whose_blocks_are_together(tmp_p
         ({"head_bypass": "straight_through"}, True, (1, "straight_through")),
         ({"head_layers": 0}, False, (0, "skip")),
         ({"feedback": "label"}, False, (0, "skip")),
-        ({"block_parallel_size": 2}, False, (0, "skip")),
-        ({"placement": "devices"}, False, (0, "skip")),
+        ({"block_parallel_size": 2}, False, (1, "skip")),
+        ({"placement": "devices"}, False, (1, "skip")),
     ],
 )
 def test_what_is_left_open_depends_on_the_model_and_on_where_blocks_are(options, single_stack, expected):
@@ -142,11 +142,10 @@ def test_what_is_left_open_depends_on_the_model_and_on_where_blocks_are(options,
     assert (config.head_layers, config.head_bypass) == expected
 
 
-def test_an_encoder_that_would_better_be_frozen_is_warned_of(caplog):
-    settled(BlockLocalConfig(num_blocks=2, head_layers=0), single_stack=False)
-    assert not caplog.records
-    settled(BlockLocalConfig(num_blocks=2, block_parallel_size=2), single_stack=False)
-    assert "With block_parallel_size=2, the blocks of an encoder-decoder learn from heads of their own" in caplog.text
+@pytest.mark.parametrize("apart", [{"block_parallel_size": 2}, {"placement": "devices"}, {"head_copies": "trained"}])
+def test_heads_train_a_copy_of_a_decoder_that_is_elsewhere_and_keep_what_it_has_learned(apart):
+    config = settled(BlockLocalConfig(num_blocks=2, head_bypass="skip", **apart), single_stack=False)
+    assert (config.head_copies, config.head_refresh_steps, config.head_refresh_lag) == ("trained", 0, 0)
 
 
 def test_layers_that_change_the_shape_cannot_be_passed():
@@ -167,11 +166,25 @@ def test_stacks_that_cannot_lend_have_heads_of_their_own():
 
 def test_a_model_that_was_trained_apart_is_opened_with_the_heads_that_it_had(tmp_path):
     model, batch = SPECIMENS["t5"].build(), SPECIMENS["t5"].batch(0)
-    trained = assemble(model, BlockLocalConfig(num_blocks=2, head_layers=0), batch)
+    trained = assemble(model, BlockLocalConfig(num_blocks=2, head_bypass="skip", head_lens=True), batch)
     save_heads(tmp_path, heads=trained.heads.state_dict(), cut=trained.cut)
-    config = BlockLocalConfig(num_blocks=2, block_parallel_size=2)
+    config = BlockLocalConfig(num_blocks=2, head_lens=True, block_parallel_size=2)
     opened = open_trained(model, config=config, heads=tmp_path, inputs=batch)
-    assert opened.assembly.config.head_layers == 0
+    assert (opened.assembly.config.head_layers, opened.assembly.config.head_bypass) == (1, "skip")
+    assert opened.trained_apart
+
+
+def test_whoever_asks_heads_for_copies_that_are_gone_is_warned(caplog):
+    model, batch = SPECIMENS["bert"].build(), SPECIMENS["bert"].batch(0)
+    refreshed, apart = (
+        assemble(model, BlockLocalConfig(num_blocks=2, head_copies="trained", head_refresh_steps=steps), batch)
+        for steps in (5, 0)
+    )
+    truncate(refreshed, 1)
+    truncate(apart, 2)
+    assert "copies of their own" not in caplog.text
+    truncate(apart, 1)
+    assert "copies of their own" in caplog.text
 
 
 def test_whoever_asks_heads_to_do_without_the_layers_they_learned_with_is_warned(caplog):

@@ -43,11 +43,13 @@ class Opened:
         assembly: The model with its cut and its heads.
         inputs: A small batch with labels that it can run; None with a single block.
         folder: Where it was saved, if it comes from there.
+        trained_apart: Whether heads have trained copies of layers that were never brought in line with the model's.
     """
 
     assembly: Assembly
     inputs: Mapping[str, Any] | None
     folder: Path | None = None
+    trained_apart: bool = False
 
     @property
     def model(self) -> PreTrainedModel:
@@ -61,6 +63,14 @@ class Opened:
             what: What they are asked for.
             blocks: The blocks whose heads they are.
         """
+        blocks = list(blocks)
+        if self.trained_apart and blocks:
+            logger.warning(
+                "%s use the layers of the model, and its heads have learned with copies of their own, which are gone "
+                "(head_copies='trained' with head_refresh_steps=0): expect poor predictions. For models of several "
+                "sizes, train with a head_refresh_steps above 0.",
+                what,
+            )
         past = [block for block in blocks if learns_past_layers(self.assembly.cut, block, self.assembly.config)]
         if past:
             logger.warning(
@@ -133,7 +143,7 @@ def open_trained(
                 "folder."
             )
         inputs = inputs or (example_batch(source.module.model) if source.last > 0 else None)
-        return Opened(source, inputs)
+        return Opened(source, inputs, trained_apart=_trains_apart(source.config))
     folder = None
     if isinstance(source, str | os.PathLike):
         folder = heads = Path(source)
@@ -161,6 +171,7 @@ def _assembled(
 ) -> Opened:
     if config.blocks_apart:  # what is left open depends on it
         config = settled(config, single_stack=not is_encoder_decoder(model))
+    trained_apart = _trains_apart(config)
     # Of copies and second runs nothing is left after training; heads borrow the layers that are saved.
     live = {"head_refresh_steps": 1, "head_refresh_lag": 0, "head_refresh_decay": 0.0, "head_copies": "auto"}
     config = replace(config, **live, denoising=0.0, block_parallel_size=1, placement="auto")
@@ -177,7 +188,11 @@ def _assembled(
             "The heads of these blocks have parameters of their own, and none were given. Pass heads=folder, or give "
             "the folder that model and heads were saved in, or trainer.assembly."
         )
-    return Opened(assembly, inputs, folder)
+    return Opened(assembly, inputs, folder, trained_apart)
+
+
+def _trains_apart(config: BlockLocalConfig) -> bool:
+    return config.head_copies == "trained" and config.head_refresh_steps == 0
 
 
 def saved_boundaries(folder: str | os.PathLike[str]) -> tuple[int, ...] | None:

@@ -1,7 +1,7 @@
 """Copies of weights on the devices of blocks that use them and do not own them.
 
-What a head uses of later blocks is as old as `Copies` has it, on every device that uses it. What it uses of earlier
-blocks, rarely anything, it has as it is: they are ahead, so nobody waits for them. What nobody trains is copied once.
+What a head uses of later blocks is as old as `Copies` has it, on every device that uses it. What nobody trains is
+copied once.
 """
 
 from __future__ import annotations
@@ -63,14 +63,11 @@ class CopiesOnDevices(Copies):
     Args:
         pool: Copies of weights.
         lent: Which of them are of later blocks; frozen ones stay as they are.
-        lower: Which of them are of earlier blocks.
         like: The schedule to follow; its copies that learn are on their way with their heads.
         devices: The device of each block.
     """
 
-    def __init__(
-        self, pool: Pool, lent: set[Place], lower: set[Place], like: Copies, devices: Sequence[torch.device]
-    ) -> None:
+    def __init__(self, pool: Pool, lent: set[Place], like: Copies, devices: Sequence[torch.device]) -> None:
         super().__init__(nn.Module(), [], every=like.every, lag=like.lag, decay=like.decay)
         self.learning, self._devices = like.learning, devices
         places = sorted((place for place in lent if place[1] in like.live), key=str)
@@ -78,20 +75,10 @@ class CopiesOnDevices(Copies):
         learning = [(devices[block], name) for block, mine in enumerate(like.learning) for name in mine]
         self._places_of = {f"{device}/{name}": (device, name) for device, name in (*places, *learning)}
         self.live = {key: pool.live[name] for key, (_, name) in self._places_of.items()}
-        self._lower = [(pool.live[name], pool.copy(name, device)) for device, name in sorted(lower - lent, key=str)]
 
     def __getitem__(self, parameter: nn.Parameter) -> Tensor:
         """Return the form of a weight without its values; which copy is meant is known where a block asks."""
         return parameter.detach().to("meta")
-
-    @torch.no_grad()
-    def advance_(self, step: int) -> None:
-        """Take copies that are due; those of earlier blocks' weights always are."""
-        is_new = step != self._step
-        super().advance_(step)
-        if is_new:
-            for live, copy in self._lower:
-                copy.copy_(set_out(live.detach(), copy.device).arrived())
 
     def _set_out(self, used_at: int, *, now: bool) -> None:
         if now:

@@ -17,7 +17,8 @@ from hf_blocklocal.devices.copying import CopiesOnDevices, Place, Pool
 from hf_blocklocal.devices.hosting import Hosting, block_order
 from hf_blocklocal.devices.twins import Twins, make_twin
 from hf_blocklocal.errors import UnsupportedSettingError
-from hf_blocklocal.parallel.needs import trace_needs, used_by_heads
+from hf_blocklocal.needs import trace_needs
+from hf_blocklocal.parallel.uses import check_heads_look_up, used_by_heads
 from hf_blocklocal.targets import Targets
 from hf_blocklocal.trace import evaluation_mode
 
@@ -55,13 +56,14 @@ class Spread:
         self._pool = Pool(self._model)
         outside = _Outside(assembly, self.devices, inputs)
         replicas = outside.replicas(self._pool)
-        lent, lower, twins = set(), set(), []
+        lent, twins = set(), []
         if step.shortcut is not None:
-            for block, used in enumerate(used_by_heads(assembly, inputs)):
+            used_by_block = used_by_heads(assembly, inputs)
+            check_heads_look_up(assembly, used_by_block)
+            for block, used in enumerate(used_by_block):
                 own = outside.own(block)
                 twins.append(make_twin(assembly, block, self.devices[block], self._pool, used=used, own=own))
                 lent |= twins[-1].lent
-                lower |= twins[-1].lower
         lent |= self._lend_embeddings(assembly)
         outside.move_()
         for block, head in enumerate(assembly.heads):
@@ -70,7 +72,7 @@ class Spread:
             _move_(self._model.get_submodule(path), self.devices[cut.block_of_layer(index)])
         copies = assembly.copies
         if copies is not None:
-            copies = CopiesOnDevices(self._pool, lent, lower, copies, self.devices)
+            copies = CopiesOnDevices(self._pool, lent, copies, self.devices)
         self.assembly = replace(assembly, copies=copies)
         if step.shortcut is not None:
             step.shortcut = Twins(step.shortcut, twins, self.devices)

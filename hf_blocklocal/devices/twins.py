@@ -31,13 +31,11 @@ class Twin:
         model: The model.
         learning: Copies of later blocks' weights that the head trains as its own.
         lent: Other copies that it uses of later blocks' weights.
-        lower: Copies that it uses of earlier blocks' weights.
     """
 
     model: nn.Module
     learning: frozenset[nn.Parameter]
     lent: frozenset[Place]
-    lower: frozenset[Place]
 
 
 def make_twin(
@@ -61,10 +59,10 @@ def make_twin(
     )
     learning = assembly.copies.learning[block] if assembly.copies is not None else {}
     memo: dict[int, Any] = {}
-    places: dict[str, set[Place]] = {"lent": set(), "lower": set()}
+    lent: set[Place] = set()
     for name, parameter in model.named_parameters():
         layer = cut.layer_of_path(name)
-        is_left_out = layer is not None and cut.layers[layer] not in kept and name not in used
+        is_left_out = layer is not None and cut.layers[layer] not in kept and name not in used | assembly.lent[block]
         if name in learning:
             memo[id(parameter)] = learning[name]
         elif name in own and not is_left_out:
@@ -74,15 +72,13 @@ def make_twin(
         else:
             memo[id(parameter)] = pool.copy(name, device)
             if name in assembly.lent[block]:
-                places["lent"].add((device, name))
-            elif name in used and parameter.requires_grad:
-                places["lower"].add((device, name))
+                lent.add((device, name))
     twin = copy.deepcopy(model, memo)
-    places["lent"] |= _with_statistics_(twin, assembly, block, device, pool)
+    lent |= _with_statistics_(twin, assembly, block, device, pool)
     if not_embedded:
         own_embedding = input_embedding(twin)
         own_embedding.forward = _no_embedding(embedding.weight.shape[-1], embedding.weight.dtype)
-    return Twin(twin, frozenset(learning.values()), frozenset(places["lent"]), frozenset(places["lower"]))
+    return Twin(twin, frozenset(learning.values()), frozenset(lent))
 
 
 def _with_statistics_(twin: nn.Module, assembly: Assembly, block: int, device: torch.device, pool: Pool) -> set[Place]:

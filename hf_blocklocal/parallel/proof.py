@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from hf_blocklocal.blocks import Boundaries, EndOfBlock
 from hf_blocklocal.errors import SplitError, UnsupportedSettingError
-from hf_blocklocal.parallel.needs import Needs
+from hf_blocklocal.needs import Needs
 from hf_blocklocal.parallel.stage import Stage, sides_of
 from hf_blocklocal.parallel.wire import put_together, take_apart
 from hf_blocklocal.probe import random_state_kept

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from hf_blocklocal.anatomy import input_embedding, output_embedding
 from hf_blocklocal.blocks import Boundaries
 from hf_blocklocal.lending import replaced_forward
-from hf_blocklocal.parallel.needs import Needs
+from hf_blocklocal.needs import Needs
 from hf_blocklocal.signals import hands_on, map_tensors
 
 

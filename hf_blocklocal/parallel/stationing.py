@@ -14,15 +14,16 @@ from hf_blocklocal.assembly import Assembly
 from hf_blocklocal.blocks import Boundaries
 from hf_blocklocal.errors import BatchMismatchError, UnsupportedSettingError
 from hf_blocklocal.lending import replaced_tensors
+from hf_blocklocal.needs import trace_needs
 from hf_blocklocal.parallel.batches import described, facts_of
 from hf_blocklocal.parallel.chain import Chain
 from hf_blocklocal.parallel.exchange import WeightExchange
 from hf_blocklocal.parallel.gathering import Gathered, gathered_at, gathered_at_first
 from hf_blocklocal.parallel.giving import give_to_all
-from hf_blocklocal.parallel.needs import check_heads_look_up, trace_needs, used_by_heads
 from hf_blocklocal.parallel.proof import check_block_alone
 from hf_blocklocal.parallel.sharding import ShardedLayers, check_not_used_outside
 from hf_blocklocal.parallel.stage import Stage, let_go_, move_, unneeded_here
+from hf_blocklocal.parallel.uses import check_heads_look_up, used_by_heads
 from hf_blocklocal.parallel.wire import TensorForm
 
 
