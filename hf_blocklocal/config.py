@@ -115,8 +115,7 @@ class BlockLocalConfig:
         None,
         "Layers above a block that its head borrows, evenly spread, live and read-only, with the model's own task "
         "head. 0 is a light readout; all of them give the very gradient of backpropagation. Default: 1 in two blocks "
-        "and 2 in more; 0 for encoder-decoders in several processes or on several devices, and where a field asks for "
-        "a head of another kind. Perplexity of a language model in 2 and 4 blocks (docs/learning.md): freezing 83.8 "
+        "and 2 in more; 0 where a field asks for a head of another kind. Perplexity of a language model in 2 and 4 blocks (docs/learning.md): freezing 83.8 "
         "and 87.2, 0 layers 88.8 and 89.6, the default 72.3 and 73.5, backpropagation 71.6.",
     )
     head_bypass: Literal["auto", "skip", "straight_through"] = _help(
@@ -134,14 +133,14 @@ class BlockLocalConfig:
     head_copies: Literal["auto", "frozen", "trained"] = _help(
         "auto",
         "What becomes of copies of borrowed layers between two refreshes. trained: each head trains its own with its "
-        "block; frozen: they stay as they are. auto: trained, wherever heads borrow copies. trained in one process "
-        "asks for the copies that several processes have.",
+        "block; frozen: they stay as they are. auto: trained, wherever heads borrow copies, as they do in several "
+        "processes; with trained they do in one process too.",
     )
     head_refresh_steps: int = _help(
         1,
-        "Steps from one copy of the borrowed layers to the next. 1 is live layers, 0 those that training began with. "
-        "In several processes, where no field asks for other copies: 10, with a lag of 1 + (K - 1) // 3, and with a "
-        "decay of 0.5 if the copies are trained.",
+        "Steps from one copy of the borrowed layers to the next. 1 is live layers; 0 never takes another copy after "
+        "those that training begins with. In several processes, where no field asks for other copies: 10, with a lag "
+        "of 1 + (K - 1) // 3, and with a decay of 0.5 if the copies are trained; 0 in encoder-decoders.",
     )
     head_refresh_lag: int = _help(
         0, "Steps that a copy of the borrowed layers is old when it is taken into use, so that no block has to wait."

@@ -10,7 +10,7 @@ from torch import nn
 from hf_blocklocal.blocks import Cut
 from hf_blocklocal.config import BlockLocalConfig
 from hf_blocklocal.feedback import FeedbackHead
-from hf_blocklocal.history import STRAIGHT_PAST
+from hf_blocklocal.history import STRAIGHT_PAST, TRAINED_COPIES
 from hf_blocklocal.shortcut import borrowed_layers, learns_past_layers
 
 
@@ -68,7 +68,8 @@ def taught_by(cut: Cut, config: BlockLocalConfig, heads: Sequence[FeedbackHead],
     if head.borrows:
         layers_above = borrowed_layers(cut, block, config.head_layers)
         through = ["a lens"] if head.lens is not None else []
-        through += [f"layers {', '.join(map(str, layers_above))}"] if layers_above else []
+        own = TRAINED_COPIES if head.loan is not None else ""
+        through += [f"{own}layers {', '.join(map(str, layers_above))}"] if layers_above else []
         taught += f" through {' and '.join(through)}"
         if learns_past_layers(cut, block, config):
             taught += f", {STRAIGHT_PAST}"

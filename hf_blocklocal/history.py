@@ -72,6 +72,8 @@ class Summary(Logged):
 
 # What `taught_by` says of heads that run the layers that they do not borrow.
 STRAIGHT_PAST = "straight past the others"
+# What it says of heads that borrow copies, and train them.
+TRAINED_COPIES = "its own copies of "
 
 
 @dataclass(frozen=True)

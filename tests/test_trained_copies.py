@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from test_optim import three_blocks
@@ -189,6 +191,19 @@ def test_they_go_with_other_settings(setting, tmp_path):
         together = make("bert", tmp_path / "without", config=usual, max_steps=5)
         together.train()
         assert equal(snapshot(trainer), snapshot(together))
+
+
+def test_a_card_says_that_heads_have_used_copies_of_their_own(tmp_path):
+    config = BlockLocalConfig(num_blocks=2, head_layers=1, head_copies="trained", head_refresh_steps=2)
+    said = "copies of the layers above it that it had trained itself"
+    for name, options, expected in (("trained", {}, True), ("frozen", {"head_copies": "frozen"}, False)):
+        data = examples(SPECIMENS["bert"])
+        trainer = make("bert", tmp_path / name, config=replace(config, **options), eval_dataset=data)
+        trainer.train()
+        trainer.evaluate()
+        trainer.create_model_card()
+        assert (said in (tmp_path / name / "README.md").read_text(encoding="utf-8")) == expected
+        assert ("through its own copies of layers 3" in trainer.assembly.describe()) == expected
 
 
 # ---- Settings ----

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 
 from hf_blocklocal.card.facts import CardFacts, RunResult
-from hf_blocklocal.history import STRAIGHT_PAST
+from hf_blocklocal.history import STRAIGHT_PAST, TRAINED_COPIES
 
 
 NO_BASELINE = (
@@ -135,6 +135,11 @@ def results_explained(facts: CardFacts) -> str | None:
             said.append(
                 "It learned with all layers above it (`head_bypass`), and is asked here without those that it does "
                 "not borrow: so read its numbers neither as what its block has learned nor beside its training loss."
+            )
+        if any(TRAINED_COPIES in block.taught_by for block in facts.blocks):
+            said.append(
+                "It did so with copies of the layers above it that it had trained itself. They are not saved: a "
+                "smaller model of the layers that are will predict something else."
             )
     return " ".join(said) or None
 
