@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from hf_blocklocal.anatomy import is_encoder_decoder, target_embedding
+from hf_blocklocal.asking import can_be_confined
 from hf_blocklocal.blocks import Boundaries, Cut
 from hf_blocklocal.chunked import ChunkedLoss
 from hf_blocklocal.config import BlockLocalConfig
@@ -18,7 +19,7 @@ from hf_blocklocal.feedback import FeedbackHead, build_head
 from hf_blocklocal.inlets import Inlets
 from hf_blocklocal.loans import Loan
 from hf_blocklocal.replay import Replay
-from hf_blocklocal.shortcut import Shortcut, can_be_confined
+from hf_blocklocal.shortcut import Shortcut
 from hf_blocklocal.targets import choose_alignment
 from hf_blocklocal.trace import Trace, evaluation_mode
 

@@ -11,21 +11,20 @@ With all layers above, the loss has the very gradient of backpropagation.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from copy import copy
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hf_blocklocal.anatomy import hooks_outside_checkpoint, is_encoder_decoder
+from hf_blocklocal.anatomy import hooks_outside_checkpoint
+from hf_blocklocal.asking import confined_to, logits_of
 from hf_blocklocal.blocks import Cut, Trail
 from hf_blocklocal.config import BlockLocalConfig
 from hf_blocklocal.copies import Copies
-from hf_blocklocal.lending import read_only, replaced_forward, run_inside, statistics_kept, statistics_of
+from hf_blocklocal.lending import read_only, replaced_forward, statistics_kept, statistics_of
 from hf_blocklocal.signals import beside_hidden, first_tensor, given_hidden
-from hf_blocklocal.spans import has_spans, span_logits
 from hf_blocklocal.trace import Trace
 
 
@@ -183,7 +182,7 @@ class Shortcut:
         beside = _Beside(self._cut.stacks)
         with ExitStack() as stack:
             if tokens_C is not None:
-                stack.enter_context(_confined_to(self.model.get_output_embeddings(), tokens_C))
+                stack.enter_context(confined_to(self.model.get_output_embeddings(), tokens_C))
             for index, layer in enumerate(self._layers):
                 if trail.sides and index > self._cut.spans[block].last and self._is_beside(index, block):
                     # Outside of a checkpoint, which would be computed again without it.
@@ -200,7 +199,7 @@ class Shortcut:
                         forward = self._passing_on(index, beside, bypassed=below)
                     stack.enter_context(replaced_forward(layer, forward))
                 stack.callback(layer.register_forward_hook(beside.note(index)).remove)
-            return _logits(self.model, inputs)
+            return logits_of(self.model, inputs)
 
     def _is_beside(self, layer: int, block: int) -> bool:
         """Tell whether a layer is in the stack in which a block ends."""
@@ -246,50 +245,6 @@ class Shortcut:
             foreign = self._foreign[block]
         with read_only(foreign), copies, statistics_kept(self._normalising):
             yield
-
-
-@torch.no_grad()
-def can_be_confined(model: nn.Module, inputs: Mapping[str, Any]) -> bool:
-    """Tell whether a model gives the right logits of some tokens when its language-model head knows no others.
-
-    Args:
-        model: The model, without dropout.
-        inputs: A small batch.
-    """
-    head = model.get_output_embeddings()
-    if type(head) is not nn.Linear or _needs_labels(model, inputs):  # a loss of labels needs the whole vocabulary
-        return False
-    tokens_C = torch.tensor([1, 0], device=head.weight.device)
-    logits = _logits(model, inputs)
-    with _confined_to(head, tokens_C):
-        try:
-            confined = _logits(model, inputs)
-        except RuntimeError:  # something of the size of the vocabulary is added to them
-            return False
-    expected = logits[..., tokens_C]
-    return confined.shape == expected.shape and torch.allclose(confined, expected, rtol=1e-3, atol=1e-4)
-
-
-def _logits(model: nn.Module, inputs: Mapping[str, Any]) -> Tensor:
-    unneeded = set() if _needs_labels(model, inputs) else {"labels"}
-    unneeded |= {"start_positions", "end_positions"}
-    outputs = run_inside(model, {name: value for name, value in inputs.items() if name not in unneeded})
-    if has_spans(inputs):
-        return span_logits(outputs)
-    return outputs["logits"] if isinstance(outputs, Mapping) else outputs[0]
-
-
-def _needs_labels(model: nn.Module, inputs: Mapping[str, Any]) -> bool:
-    """Tell whether the inputs of a decoder are made from the labels."""
-    has_decoder_inputs = "decoder_input_ids" in inputs or "decoder_inputs_embeds" in inputs
-    return is_encoder_decoder(model) and not has_decoder_inputs
-
-
-def _confined_to(head: nn.Linear, tokens_C: Tensor) -> AbstractContextManager[None]:
-    def forward(hidden: Tensor) -> Tensor:
-        return F.linear(hidden, head.weight[tokens_C], None if head.bias is None else head.bias[tokens_C])
-
-    return replaced_forward(head, forward)
 
 
 class _Beside:

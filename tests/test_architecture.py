@@ -51,7 +51,7 @@ FLOORS = [
         "spans",
         "updates",
     ],
-    ["losses", "model_costs"],
+    ["asking", "losses", "model_costs"],
     ["feedback", "placement"],
     ["blocks", "card", "meters", "plots", "probe", "randomness", "settings"],
     ["checkpoint", "depth_plots", "inlets", "trace", "watch"],
