@@ -1,7 +1,7 @@
 """Throughput of a block per process beside one process with all blocks, backpropagation, and data parallelism.
 
-Heads are of their own, which is the same work everywhere. Beside that stand the default heads, which borrow an upper
-layer: live in one process, and a copy where blocks are apart, which makes the lower block the larger one.
+Heads are of their own, which is nearly no work. Beside that stand the default heads of several processes, which train a
+copy of an upper layer, here in one process too: that makes the lower block the larger one.
 
 Every way of training is started anew in each round, one after the other, with `accelerate launch` where it takes
 several processes, one thread each, the same global batch and an optimizer step per batch. Told per way: samples per
@@ -71,7 +71,7 @@ class Way:
     beside: str = ONE
 
 
-def blocks(processes: int, **heads: int) -> dict[str, Any]:
+def blocks(processes: int, **heads: int | str) -> dict[str, Any]:
     """Return the fields of a config with a block per process, or with two of them in one."""
     return {"num_blocks": max(processes, 2), "block_parallel_size": processes, **heads}
 
@@ -81,7 +81,7 @@ WAYS = {
     ONE: Way(1, blocks(1, head_layers=0)),
     "block-local, 2 processes": Way(2, blocks(2, head_layers=0)),
     "block-local, 4 processes": Way(4, blocks(4, head_layers=0)),
-    ONE_DEFAULT: Way(1, blocks(1), beside=ONE_DEFAULT),
+    ONE_DEFAULT: Way(1, blocks(1, head_copies="trained"), beside=ONE_DEFAULT),
     "block-local, 2 processes, default heads": Way(2, blocks(2), beside=ONE_DEFAULT),
     "backpropagation, 2 processes, data parallel": Way(2, divided=2),
 }

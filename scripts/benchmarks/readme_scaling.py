@@ -8,8 +8,8 @@ from typing import Any
 
 
 _DEFAULT_HEADS = (
-    "The default heads borrow a layer, live in one process and as a copy in two, where they make the first block the",
-    "larger one; their ratios are to one process with default heads.",
+    "Default heads train a copy of a layer, in one process here as in two, where it makes the first block the larger",
+    "one; their ratios are to one process with such heads.",
 )
 
 
