@@ -5,6 +5,7 @@ Operations on fake tensors are those that a CPU would run, so what autograd woul
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -15,7 +16,12 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensorMode,
+    unset_fake_temporarily,
+)
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig
 from transformers.models.auto import modeling_auto
@@ -145,9 +151,13 @@ def build_model(
     if task not in TASKS:
         raise UnsupportedSettingError(f"There is no task {task!r}. Choose one of {sorted(TASKS)}.")
     auto_class = getattr(transformers, TASKS[task][0])
+    if "sequence" in task and getattr(config, "problem_type", None) is None and config.num_labels > 1:
+        config = copy.deepcopy(config)
+        config.problem_type = "single_label_classification"  # else models look at labels to find out
     if with_weights:
         return auto_class.from_config(config, dtype=dtype)
-    with torch.device("meta"):  # so that no weight is drawn
+    # No weight is drawn, and what a model computes of its configuration while it is made has values.
+    with unset_fake_temporarily(), torch.device("meta"):
         model = auto_class.from_config(config, dtype=dtype)
     fakes: dict[Tensor, Tensor] = {}  # tied weights stay tied
     for module in model.modules():

@@ -50,7 +50,13 @@ def build_heads(
 
 
 def can_lend(model: nn.Module, trace: Trace) -> bool:
-    """Tell whether heads can borrow layers: of one stack, or of encoder and decoder with a state for each label."""
+    """Tell whether heads can borrow some layers and leave others out.
+
+    That takes layers that put out the shape that they are given, unlike the stages of a Swin or a ResNet, and one
+    stack of them, or an encoder and a decoder with a state for each label.
+    """
+    if any(given and given != made for given, made in zip(trace.entering, trace.shapes, strict=True)):
+        return False
     if trace.stacks[-1] == 0:
         return True
     has_state_for_each = not trace.task.per_position or trace.shapes[-1][:2] == trace.labels_shape
@@ -101,7 +107,28 @@ def build_shortcut(
     )
     if straight_through:
         _check_can_be_passed(model, shortcut, trace, cut)
+    else:
+        _check_fit_together(model, shortcut, trace, cut)
     return shortcut
+
+
+def _check_fit_together(model: nn.Module, shortcut: Shortcut, trace: Trace, cut: Cut) -> None:
+    """Refuse heads in which a layer is given another shape than in the model, for want of those before it."""
+    for block in range(cut.num_blocks - 1):
+        end, above = cut.spans[block].last, len(cut.layers) - cut.spans[block].stop
+        arriving, stack = trace.shapes[end], cut.stacks[end]
+        for layer in shortcut.kept_layers(block):
+            if cut.stacks[layer] != stack:
+                stack = cut.stacks[layer]
+                arriving = trace.entering[cut.stacks.index(stack)]
+            given = trace.entering[layer]
+            if given and arriving and given != arriving:
+                raise UnsupportedSettingError(
+                    f"The head of block {block} cannot leave out layers before {cut.layers[layer]} of "
+                    f"{type(model).__name__}, which is given {given} in the model and would be given {arriving}. Use "
+                    f"heads of their own (head_layers=0), or all layers above (head_layers={above})."
+                )
+            arriving = trace.shapes[layer]
 
 
 def _check_can_be_passed(model: nn.Module, shortcut: Shortcut, trace: Trace, cut: Cut) -> None:

@@ -1,7 +1,7 @@
 """Throughput of a block per process beside one process with all blocks, backpropagation, and data parallelism.
 
-Heads are of their own, which is nearly no work. Beside that stand the default heads of several processes, which train a
-copy of an upper layer, here in one process too: that makes the lower block the larger one.
+Heads are of their own, which is nearly no work. Beside that stand the default heads of several processes, which train
+a copy of an upper layer, here in one process too: that makes the lower block the larger one.
 
 Every way of training is started anew in each round, one after the other, with `accelerate launch` where it takes
 several processes, one thread each, the same global batch and an optimizer step per batch. Told per way: samples per
