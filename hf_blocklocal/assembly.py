@@ -124,6 +124,13 @@ class Assembly:
         return self.cut.num_blocks - 1
 
     @property
+    def originals(self) -> dict[nn.Parameter, nn.Parameter]:
+        """For each copy that a head trains, the weight of the model that it is a copy of."""
+        named = dict(self.module.named_parameters())
+        pairs = ((parameter, named[name_of_original(name)]) for name, parameter in named.items())
+        return {copy: original for copy, original in pairs if copy is not original}
+
+    @property
     def couples(self) -> bool:
         """Whether gradients of a block come from other losses than its own too."""
         config = self.config
@@ -269,8 +276,9 @@ def assemble(
     boundaries = Boundaries(model, cut, router_loss.routers if router_loss else None)
     reach = trace_reach(model, boundaries, inputs)
     config = with_shared_weights_settled_(model, config, reach, asked=asked == "untie")
-    if config.borrows:
-        boundaries.carried = trace_needs(model, boundaries, inputs).side_inputs
+    needs = trace_needs(model, boundaries, inputs) if config.borrows else None
+    if needs is not None:
+        boundaries.carried = needs.lasting
     inlets = Inlets(model, boundaries) if config.denoising > 0 or config.reconstruction > 0 else None
     denoising = None
     if config.denoising > 0:

@@ -6,7 +6,7 @@ decided here: the caller's `leave` is told.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Iterator, Mapping, Set
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -96,12 +96,12 @@ class Trail:
         ends: The hidden state that the last layer of each stack has handed on, by index of the layer; with history
             only of the block that is ending.
         sides: What layers of the block have been given beside their hidden state that weights of other blocks have
-            made, such as the states of an encoder, by position or name; without history.
+            made, such as the states of an encoder: by stack of layers, then by position or name; without history.
     """
 
     beside: tuple[Any, ...] = ()
     ends: dict[int, Tensor] = field(default_factory=dict)
-    sides: dict[int | str, Any] = field(default_factory=dict)
+    sides: dict[int, dict[int | str, Any]] = field(default_factory=dict)
 
     def detached(self) -> Trail:
         """Return the same without history."""
@@ -115,8 +115,8 @@ class Boundaries:
     Attributes:
         station: Where one of its blocks is at work, if the others are elsewhere; None where all of them are here.
         exits: The last layer of every block but the last.
-        carried: For each block, positions and names of the side inputs of its layers that weights of other blocks have
-            made; a trail holds them. None are known at first.
+        carried: By stack of layers, positions and names of the side inputs that weights of other blocks have made and
+            that are the same for all layers; a trail holds them. None are known at first.
 
     A block's hidden state is handed to `leave` where its last layer returns, and everything that layer returns goes on
     detached. Side inputs of a layer, such as position biases or the states of an encoder, are trained by the block
@@ -132,7 +132,7 @@ class Boundaries:
     def __init__(self, model: nn.Module, cut: Cut, routers: Mapping[str, int] | None = None) -> None:
         self.cut = cut
         self.station: Station | None = None
-        self.carried: Sequence[Set[int | str]] = [frozenset()] * cut.num_blocks
+        self.carried: Mapping[int, Set[int | str]] = {}
         self._layers = [model.get_submodule(path) for path in cut.layers]
         self.exits = {block: self._layers[span.last] for block, span in enumerate(cut.spans[:-1])}
         stacks = cut.stacks
@@ -174,10 +174,8 @@ class Boundaries:
                     stack.callback(router.register_forward_hook(visit.tap(block, index), prepend=True).remove)
             for index in range(self.cut.spans[here[0]].start, self.cut.spans[here[-1]].stop if self._layers else 0):
                 if not self.cut.owns_stack_start(index):
-                    layer, enter = (
-                        self._layers[index],
-                        visit.enter(index, self.carried[self.cut.block_of_layer(index)]),
-                    )
+                    layer, of_stack = self._layers[index], self.cut.stacks[index]
+                    enter = visit.enter(index, of_stack, self.carried.get(of_stack, frozenset()))
                     stack.callback(layer.register_forward_pre_hook(enter, with_kwargs=True).remove)
                     stack.callback(layer.register_forward_hook(visit.remember).remove)
             for block in visit.expected:
@@ -233,7 +231,7 @@ class _Visit:
         self.suspended = False
         self.trail = Trail()
 
-    def enter(self, index: int, carried: Set[int | str]) -> Callable[..., Any]:
+    def enter(self, index: int, stack: int, carried: Set[int | str]) -> Callable[..., Any]:
         """Detach the side inputs of a layer that other blocks have made, and note those that are carried."""
 
         def hook(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
@@ -252,7 +250,7 @@ class _Visit:
                     value = self._station.side_input(name, value)
                 value = map_tensors(value, detach)
                 if from_elsewhere and name in carried:
-                    self.trail.sides[name] = value
+                    self.trail.sides.setdefault(stack, {})[name] = value
                 return value
 
             hidden_name = None if args else hidden_name_in(kwargs)

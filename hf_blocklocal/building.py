@@ -182,16 +182,18 @@ def build_copies(
         return None
     if not any(lent):
         if not config.is_live:
+            fields = ("head_copies", "head_refresh_steps", "head_refresh_lag", "head_refresh_decay")
+            asked = [f"{name}={value!r}" for name in fields if (value := getattr(config, name)) not in (None, "auto")]
             raise UnsupportedSettingError(
-                f"head_refresh_steps={every}, head_refresh_lag={lag}, head_refresh_decay={decay} and head_copies="
-                f"{config.head_copies!r} are about copies of what heads use of later blocks, and the heads of "
-                f"{type(model).__name__} use nothing: head_layers={config.head_layers}. Leave them out."
+                f"{', '.join(asked)}: this is about copies of what heads use of later blocks, and the heads of "
+                f"{type(model).__name__} use nothing, with head_layers={config.head_layers}. Leave it out."
             )
         return None
+    of_all = config.block_parallel_size == 1
     if shortcut is None:
-        return Copies(model, lent, every=every, lag=lag, decay=decay)
+        return Copies(model, lent, every=every, lag=lag, decay=decay, of_all=of_all)
     learns = shortcut.taught_weights(lent) if config.head_copies == "trained" else ()
-    shortcut.copies = Copies(model, lent, every=every, lag=lag, decay=decay, learns=learns)
+    shortcut.copies = Copies(model, lent, every=every, lag=lag, decay=decay, learns=learns, of_all=of_all)
     return shortcut.copies
 
 

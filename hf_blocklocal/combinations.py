@@ -87,16 +87,12 @@ def _check_straight_through(config: Any) -> None:
 
 
 def _check_refresh(config: Any) -> None:
-    if config.head_copies == "trained" and config.head_layers == 0 and not config.head_lens:
+    fields = ("head_refresh_lag", "head_refresh_decay")
+    idle = [f"{name}={getattr(config, name)}" for name in fields if getattr(config, name)]
+    if config.head_refresh_steps == 0 and idle:
         raise ConfigError(
-            "head_copies='trained' and head_layers=0 exclude each other: a head that borrows no layers has no copies "
-            "of any. Use head_layers=1 or more, or leave head_copies out."
-        )
-    if config.head_refresh_steps == 0 and (config.head_refresh_lag > 0 or config.head_refresh_decay > 0):
-        raise ConfigError(
-            "head_refresh_steps=0 keeps the layers that training began with, so head_refresh_lag="
-            f"{config.head_refresh_lag} and head_refresh_decay={config.head_refresh_decay} have nothing to act on. "
-            "Leave them out, or set head_refresh_steps."
+            "head_refresh_steps=0 takes no other copies than those that training begins with, so "
+            f"{' and '.join(idle)} would have nothing to act on. Leave that out, or set head_refresh_steps."
         )
 
 

@@ -135,19 +135,23 @@ class BlockLocalConfig:
         "auto",
         "What becomes of copies of borrowed layers between two refreshes. trained: each head trains its own with its "
         "block; frozen: they stay as they are. auto: trained, wherever heads borrow copies, as they do in several "
-        "processes; with trained they do in one process too.",
+        "processes and, with any of these fields set, in one.",
     )
-    head_refresh_steps: int = _help(
-        1,
-        "Steps from one copy of the borrowed layers to the next. 1 is live layers; 0 never takes another copy after "
-        "those that training begins with. In several processes, where no field asks for other copies: 10, with a lag "
-        "of 1 + (K - 1) // 3, and with a decay of 0.5 if the copies are trained; 0 in encoder-decoders.",
+    head_refresh_steps: int | None = _help(
+        None,
+        "Steps from one copy of the borrowed layers to the next; 0 never takes another after those that training "
+        "begins with. Default: 10 where heads borrow copies, 0 for those that they train of a shortened decoder; "
+        "where they do not, layers are live.",
     )
-    head_refresh_lag: int = _help(
-        0, "Steps that a copy of the borrowed layers is old when it is taken into use, so that no block has to wait."
+    head_refresh_lag: int | None = _help(
+        None,
+        "Steps that a copy of the borrowed layers is old when it is taken into use, so that no block has to wait. "
+        "Default: 1 + (K - 1) // 3.",
     )
-    head_refresh_decay: float = _help(
-        0.0, "Share of the old copy that stays when a new one is taken: an exponential moving average. 0 is none."
+    head_refresh_decay: float | None = _help(
+        None,
+        "Share of the old copy that stays when a new one is taken: an exponential moving average. Default: 0.5 for "
+        "copies that are trained, 0 for others.",
     )
     sim: float = _help(
         0.0,
@@ -251,8 +255,8 @@ class BlockLocalConfig:
     @property
     def is_live(self) -> bool:
         """Whether heads are to borrow the layers themselves and no copies, as far as the fields say."""
-        schedule = (self.head_refresh_steps, self.head_refresh_lag, self.head_refresh_decay)
-        return schedule == (1, 0, 0) and self.head_copies != "trained"
+        asked = {"head_copies": "auto", "head_refresh_steps": 1, "head_refresh_lag": 0, "head_refresh_decay": 0}
+        return all(getattr(self, name) in (None, live) for name, live in asked.items())
 
     @property
     def borrows(self) -> bool:

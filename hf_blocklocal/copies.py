@@ -11,12 +11,14 @@ come by an exchange, at the same steps.
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Protocol
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -58,6 +60,7 @@ class Copies:
         lag: Steps that a copy is old when it is taken into use.
         decay: Share of the old copy that stays.
         learns: For each block but the last, the names of those that learn with it in between; default: none do.
+        of_all: Whether the copies of all heads are to be here. Else they take no memory until `of_block` says which.
     """
 
     file_name = COPIES_NAME
@@ -71,6 +74,7 @@ class Copies:
         lag: int = 0,
         decay: float = 0.0,
         learns: Sequence[set[str]] = (),
+        of_all: bool = True,
     ) -> None:
         self.every, self.lag, self.decay = every, lag, decay
         names = set().union(*lent)
@@ -94,11 +98,13 @@ class Copies:
                     places.append((module._buffers, leaf, name))
         self.lent = [{name for name in self.live if self.beside.get(name, name) in mine} for mine in lent]
         self.learning = [
-            {name: nn.Parameter(tensor.detach().clone()) for name, tensor in self.live.items() if name in mine}
+            {name: nn.Parameter(tensor.detach()) for name, tensor in self.live.items() if name in mine}
             for mine in learns or [set() for _ in lent]
         ]
         still = set().union(*(mine - learning.keys() for mine, learning in zip(self.lent, self.learning, strict=True)))
-        self._copies = {name: _copy_of(tensor) for name, tensor in self.live.items() if name in still}
+        self._copies = {name: _stand_in(tensor) for name, tensor in self.live.items() if name in still}
+        if of_all:
+            self._make_apart_()
         self._places = [[place for place in places if place[2] in mine] for mine in self.lent]
         self._waiting: dict[int, dict[str, Tensor] | None] = {}
         self._exchange: Exchange | None = None
@@ -111,10 +117,16 @@ class Copies:
             block: The block.
             exchange: The way to the processes that own the weights, and to those that borrow from this one.
         """
-        mine = self.lent[block] if block < len(self.lent) else set()
-        self._copies = {name: copy for name, copy in self._copies.items() if name in mine}
         self.learning = [learning if number == block else {} for number, learning in enumerate(self.learning)]
+        mine = self.lent[block] - self.learning[block].keys() if block < len(self.lent) else set()
+        self._copies = {name: copy for name, copy in self._copies.items() if name in mine}
+        self._make_apart_()
         self._exchange = exchange
+
+    def _make_apart_(self) -> None:
+        """Give copies memory of their own, so that they no longer are what they are copies of."""
+        for _, copy in self._all():
+            copy.data = copy.data.clone()
 
     def move_(self, device: torch.device) -> None:
         """Move the copies to a device; those that learn move with their head."""
@@ -227,8 +239,8 @@ class Copies:
         if not path.is_file():
             raise CopiesMismatchError(
                 f"{save_directory} holds no {COPIES_NAME}: heads of that run borrowed no copies, or it was saved with "
-                "save_only_model=True. Resume with head_refresh_steps=1 and neither lag nor decay, or train on from "
-                "the model weights alone."
+                "save_only_model=True. Resume without head_copies and head_refresh_steps, lag or decay, or train on "
+                "from the model weights alone."
             )
         tensors = load_file(path)
         step, *schedule = tensors.pop("schedule").tolist()
@@ -269,6 +281,23 @@ class Copies:
         return [name] if any(key == name for key, _ in self._all()) else []
 
 
-def _copy_of(tensor: Tensor) -> Tensor:
-    copy = tensor.detach().clone()
-    return nn.Parameter(copy, requires_grad=False) if isinstance(tensor, nn.Parameter) else copy
+def check_no_copies_are_left_out(save_directory: str | os.PathLike[str]) -> None:
+    """Refuse a checkpoint whose heads have trained copies, for a run whose heads train none.
+
+    Raises:
+        CopiesMismatchError: If it holds any.
+    """
+    path = Path(save_directory) / COPIES_NAME
+    if not path.is_file():
+        return
+    with safe_open(path, framework="pt") as file:
+        trained = any(re.match(r"copy/\d+/", key) for key in file.keys())  # noqa: SIM118
+    if trained:
+        raise CopiesMismatchError(
+            f"The heads of {save_directory} have trained copies of the layers above them, and this run has none. "
+            "Resume with head_copies='trained', or train on from the model weights alone."
+        )
+
+
+def _stand_in(tensor: Tensor) -> Tensor:
+    return nn.Parameter(tensor.detach(), requires_grad=False) if isinstance(tensor, nn.Parameter) else tensor.detach()

@@ -62,6 +62,7 @@ def head_operations(model: nn.Module, step: LocalStep, inputs: Mapping[str, Any]
                     loss = loss + head.reconstruction(leaf, step.inlets[block].hidden, targets)
                 loss.backward()
             counts.append(counter.get_total_flops() - _once_per_step(head, targets))
+            head.zero_grad()
 
     with (
         evaluation_mode(model),
@@ -71,8 +72,6 @@ def head_operations(model: nn.Module, step: LocalStep, inputs: Mapping[str, Any]
         step.boundaries.attached(leave),
     ):
         model(**inputs)
-    for head in step.heads:
-        head.zero_grad()
     return counts
 
 

@@ -48,7 +48,7 @@ def default_refresh_lag(num_blocks: int) -> int:
 
     A forward pass is a third of a step, so the first block is ahead of the last by a third of a step for every block
     between them. A longer lag would let it run further ahead, and what heads borrow would be older: in the learning
-    benchmark (docs/learning.md) that costs more than anything else that processes of their own do.
+    benchmark (docs/learning.md) that costs the more, the less copies learn by themselves.
     """
     return 1 + (num_blocks - 1) // 3
 
@@ -62,7 +62,7 @@ def settled(config: BlockLocalConfig, *, single_stack: bool, lends: bool = True)
         lends: Whether its layers can be borrowed; see `building.can_lend`.
 
     Raises:
-        ConfigError: If heads are to be of two kinds.
+        ConfigError: If heads are to be of two kinds, or to train copies of layers that they do not borrow.
     """
     if config.num_blocks == 1:
         return config
@@ -71,9 +71,28 @@ def settled(config: BlockLocalConfig, *, single_stack: bool, lends: bool = True)
         layers = default_head_layers(config.num_blocks) if _may_borrow(config, lends=lends) else 0
         config = replace(config, head_layers=layers)
     if config.head_bypass == "auto":
-        runs_all = config.head_layers > 0 and not single_stack and not config.blocks_apart
+        runs_all = config.head_layers > 0 and not single_stack and not _takes_copies(config)
         config = replace(config, head_bypass="straight_through" if runs_all else "skip")
-    return refreshed(config, single_stack=single_stack) if config.borrows else config
+    if not config.borrows:
+        _check_nothing_is_trained(config, lends=lends)
+        return config
+    return refreshed(config, single_stack=single_stack)
+
+
+def _takes_copies(config: BlockLocalConfig) -> bool:
+    return config.blocks_apart or not config.is_live
+
+
+def _check_nothing_is_trained(config: BlockLocalConfig, *, lends: bool) -> None:
+    if config.head_copies == "trained":
+        asked = _own_head_field(config)
+        reason = "this model cannot lend layers" if not lends else "head_layers=0"
+        if asked is not None:
+            reason = f"{asked}={getattr(config, asked)!r} asks for heads of their own"
+        raise ConfigError(
+            f"head_copies='trained' is for heads that borrow layers, and here they borrow none: {reason}. Leave "
+            "head_copies out, or let heads borrow layers."
+        )
 
 
 def _own_head_field(config: BlockLocalConfig) -> str | None:
@@ -102,17 +121,17 @@ def refreshed(config: BlockLocalConfig, *, single_stack: bool = True) -> BlockLo
         config: What was asked for, by someone whose heads use something of later blocks.
         single_stack: Whether the model has one stack of layers.
     """
-    if config.is_live and not config.blocks_apart:
+    if not _takes_copies(config):
         return config
-    if config.head_copies == "auto":
-        config = replace(config, head_copies="trained" if config.borrows else "frozen")
-    if (config.head_refresh_steps, config.head_refresh_lag, config.head_refresh_decay) != (1, 0, 0):
-        return config
-    if config.head_copies == "trained" and not single_stack:
-        return replace(config, head_refresh_steps=0)
-    return replace(
-        config,
-        head_refresh_steps=REFRESH_STEPS,
-        head_refresh_lag=default_refresh_lag(config.num_blocks),
-        head_refresh_decay=REFRESH_DECAY if config.head_copies == "trained" else 0.0,
-    )
+    kind = config.head_copies
+    if kind == "auto":
+        kind = "trained" if config.borrows else "frozen"
+    shortens_decoder = not single_stack and config.head_bypass == "skip"
+    every, lag, decay = config.head_refresh_steps, config.head_refresh_lag, config.head_refresh_decay
+    if every is None:
+        every = 0 if kind == "trained" and shortens_decoder else REFRESH_STEPS
+    if lag is None:
+        lag = default_refresh_lag(config.num_blocks) if every > 0 else 0
+    if decay is None:
+        decay = REFRESH_DECAY if kind == "trained" and every > 0 else 0.0
+    return replace(config, head_copies=kind, head_refresh_steps=every, head_refresh_lag=lag, head_refresh_decay=decay)

@@ -54,9 +54,11 @@ def block_device(model: nn.Module, cut: Cut, block: int) -> torch.device | None:
 
 
 def sizes(parameters: Sequence[Sequence[nn.Parameter]], heads: Sequence[FeedbackHead], block: int) -> tuple[int, int]:
-    """Return the parameters of a block, and those of its head."""
-    in_head = sum(parameter.numel() for parameter in heads[block].parameters()) if block < len(heads) else 0
-    return sum(parameter.numel() for parameter in parameters[block]) - in_head, in_head
+    """Return the parameters of a block, and those of its head, without its copies of what other blocks have."""
+    head = heads[block] if block < len(heads) else None
+    in_head = 0 if head is None else sum(parameter.numel() for parameter in head.parameters())
+    in_copies = 0 if head is None or head.loan is None else sum(copy.numel() for copy in head.loan.parameters())
+    return sum(parameter.numel() for parameter in parameters[block]) - in_head, in_head - in_copies
 
 
 def taught_by(cut: Cut, config: BlockLocalConfig, heads: Sequence[FeedbackHead], block: int) -> str:
@@ -69,7 +71,8 @@ def taught_by(cut: Cut, config: BlockLocalConfig, heads: Sequence[FeedbackHead],
         layers_above = borrowed_layers(cut, block, config.head_layers)
         through = ["a lens"] if head.lens is not None else []
         own = TRAINED_COPIES if head.loan is not None else ""
-        through += [f"{own}layers {', '.join(map(str, layers_above))}"] if layers_above else []
+        if layers_above or own:
+            through.append(own + (f"layers {', '.join(map(str, layers_above))}" if layers_above else "the task head"))
         taught += f" through {' and '.join(through)}"
         if learns_past_layers(cut, block, config):
             taught += f", {STRAIGHT_PAST}"

@@ -101,14 +101,33 @@ def step_block_(optimizer: torch.optim.Optimizer, parameters: Sequence[nn.Parame
         parameter.grad = None
 
 
-def add_heads_(optimizer: torch.optim.Optimizer, heads: Sequence[nn.Parameter], *, has_schedule: bool) -> None:
+def add_heads_(
+    optimizer: torch.optim.Optimizer,
+    heads: Sequence[nn.Parameter],
+    *,
+    originals: Mapping[nn.Parameter, nn.Parameter],
+    has_schedule: bool,
+) -> None:
     """Give an optimizer that a user has made the parameters of the heads that it does not know.
 
+    Copies of the model's weights are stepped as these are, in the same groups, or not at all where these are not;
+    all else gets a group with the optimizer's defaults.
+
+    Args:
+        optimizer: The optimizer, changed in place.
+        heads: The parameters of the heads.
+        originals: For those of them that are copies, what they are copies of.
+        has_schedule: Whether it has a learning rate schedule.
+
     Raises:
-        UnsupportedSettingError: If it has a learning rate schedule already, which cannot be extended.
+        UnsupportedSettingError: If it has one, and would have to get another group, which a schedule cannot.
     """
+    for group in optimizer.param_groups:
+        here = {id(parameter) for parameter in group["params"]}
+        copies = [copy for copy, original in originals.items() if id(original) in here and id(copy) not in here]
+        group["params"] += copies
     known = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-    missing = [parameter for parameter in heads if id(parameter) not in known]
+    missing = [parameter for parameter in heads if parameter not in originals and id(parameter) not in known]
     if missing and has_schedule:
         raise UnsupportedSettingError(
             "The given optimizer and scheduler do not know the feedback heads, and a scheduler cannot be extended. "

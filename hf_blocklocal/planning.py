@@ -28,6 +28,7 @@ from hf_blocklocal.defaults import settled
 from hf_blocklocal.errors import UnsupportedSettingError
 from hf_blocklocal.losses import Contrast
 from hf_blocklocal.model_costs import HeadCosts, LayerCosts, ModelCosts, Weight
+from hf_blocklocal.needs import trace_needs
 from hf_blocklocal.partition import even_spans
 from hf_blocklocal.spans import spans_without_values
 from hf_blocklocal.step import LocalStep
@@ -146,9 +147,12 @@ def _cut_everywhere(model: nn.Module, config: BlockLocalConfig, trace: Trace, se
     )
     in_first = None
     if config.borrows:
-        live = replace(config, head_refresh_steps=1, head_refresh_lag=0, head_refresh_decay=0.0, head_copies="auto")
-        confines = None
-        if setting.loss_traits is not None:
+        live = replace(
+            config, head_copies="auto", head_refresh_steps=None, head_refresh_lag=None, head_refresh_decay=None
+        )
+        has_values, confines = setting.loss_traits is None, None
+        boundaries.carried = trace_needs(model, boundaries, setting.inputs, has_values=has_values).lasting
+        if not has_values:
             confines = trace.task.target == "vocabulary" and _has_plain_head(model)
         step.shortcut = build_shortcut(model, live, trace, cut, setting.inputs, reach, confines=confines)
     contrasts = trace.task.target == "vocabulary" and any(isinstance(head.loss, Contrast) for head in step.heads)

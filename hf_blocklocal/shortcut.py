@@ -178,21 +178,21 @@ class Shortcut:
         Returns:
             The model's logits, (B, C) or (B, S, C); of spans, those of start and end, (B, S, 2).
         """
-        given = self._given(block, hidden, trail)
+        given, end = self._given(block, hidden, trail), self._cut.spans[block].last
+        sides = trail.sides.get(self._cut.stacks[end])
         beside = _Beside(self._cut.stacks)
         with ExitStack() as stack:
             if tokens_C is not None:
                 stack.enter_context(confined_to(self.model.get_output_embeddings(), tokens_C))
             for index, layer in enumerate(self._layers):
-                if trail.sides and index > self._cut.spans[block].last and self._is_beside(index, block):
+                if sides and index > end and self._cut.stacks[index] == self._cut.stacks[end]:
                     # Outside of a checkpoint, which would be computed again without it.
                     stack.enter_context(hooks_outside_checkpoint(layer))
-                    hook = layer.register_forward_pre_hook(_giving(trail.sides), with_kwargs=True)
-                    stack.callback(hook.remove)
+                    stack.callback(layer.register_forward_pre_hook(_giving(sides), with_kwargs=True).remove)
                 if index in given:
                     stack.enter_context(replaced_forward(layer, _returning(given[index])))
                 elif index not in self._kept[block]:
-                    below = index < self._cut.spans[block].last
+                    below = index < end
                     if self.straight_through and not shortened and not below:
                         forward = _straight_through(layer.forward)
                     else:
@@ -200,10 +200,6 @@ class Shortcut:
                     stack.enter_context(replaced_forward(layer, forward))
                 stack.callback(layer.register_forward_hook(beside.note(index)).remove)
             return logits_of(self.model, inputs)
-
-    def _is_beside(self, layer: int, block: int) -> bool:
-        """Tell whether a layer is in the stack in which a block ends."""
-        return self._cut.stacks[layer] == self._cut.stacks[self._cut.spans[block].last]
 
     def _given(self, block: int, hidden: Tensor, trail: Trail) -> dict[int, Any]:
         """Return what layers have put out already: the last of the block, and those of the stacks before."""

@@ -21,6 +21,7 @@ def check_values(config: Any) -> None:
     _check_numbers(config)
     _check_weights(config)
     _check_shares(config)
+    _check_decay(config)
 
 
 def _check_choices(config: Any) -> None:
@@ -40,7 +41,7 @@ def _check_numbers(config: Any) -> None:
     )
     for name, least in {**positive, **others}.items():
         value = getattr(config, name)
-        if value is None and name in ("negatives", "global_every", "head_layers", "chunked_loss"):
+        if value is None and get_type_hints(type(config))[name] == int | None:
             continue
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
             raise ConfigError(f"{name} must be a whole number of at least {least}, got {value!r}.")
@@ -85,10 +86,6 @@ def _check_shares(config: Any) -> None:
         if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
             raise ConfigError(f"{name} must be a share between 0 and 1, got {value!r}.")
         object.__setattr__(config, name, float(value))
-    decay = config.head_refresh_decay
-    if isinstance(decay, bool) or not isinstance(decay, int | float) or not 0 <= decay < 1:
-        raise ConfigError(f"head_refresh_decay must be a number of at least 0 and below 1, got {decay!r}.")
-    object.__setattr__(config, "head_refresh_decay", float(decay))
     rate = config.feedback_learning_rate
     if rate is not None:
         if isinstance(rate, bool) or not isinstance(rate, int | float) or not 0 < rate < math.inf:
@@ -98,3 +95,12 @@ def _check_shares(config: Any) -> None:
     is_number = isinstance(margin, int | float) and not isinstance(margin, bool)
     if margin is not None and not (is_number and 0 < margin < 1):
         raise ConfigError(f"satisfied_at must be a probability between 0 and 1, or left out; got {margin!r}.")
+
+
+def _check_decay(config: Any) -> None:
+    decay = config.head_refresh_decay
+    if decay is None:
+        return
+    if isinstance(decay, bool) or not isinstance(decay, int | float) or not 0 <= decay < 1:
+        raise ConfigError(f"head_refresh_decay must be a number of at least 0 and below 1, got {decay!r}.")
+    object.__setattr__(config, "head_refresh_decay", float(decay))

@@ -122,8 +122,8 @@ def plan(options: argparse.Namespace) -> str:
     upkeep = Upkeep(
         STATES[options.optim],
         options.in_flight,
-        config.head_refresh_steps,
-        config.head_refresh_lag,
+        1 if config.head_refresh_steps is None else config.head_refresh_steps,
+        config.head_refresh_lag or 0,
         shared_by=options.replicas if config.shard_replicas else 1,
     )
     placement = place(costs, devices, upkeep, options.boundaries)

@@ -83,7 +83,7 @@ TWO = {
         "args": {**WRITTEN, "eval_steps": 1, "save_steps": 1},
         "patience": 1,
         "writes": {"max_length": 7, "num_beams": 2},
-        "config": {"tied_weights": "freeze", "head_layers": 0},
+        "config": {"tied_weights": "freeze", "head_layers": 0, "head_refresh_steps": 10, "head_refresh_lag": 1},
     },
     "bert, LoRA": {
         "specimen": "bert",

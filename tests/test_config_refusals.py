@@ -144,8 +144,8 @@ REFUSALS = {
     ),
     "a lag behind the start": (
         {"head_layers": 1, "head_refresh_steps": 0, "head_refresh_lag": 2},
-        "head_refresh_steps=0 keeps the layers that training began with, so head_refresh_lag=2 and "
-        "head_refresh_decay=0.0 have nothing to act on. Leave them out, or set head_refresh_steps.",
+        "head_refresh_steps=0 takes no other copies than those that training begins with, so head_refresh_lag=2 would "
+        "have nothing to act on. Leave that out, or set head_refresh_steps.",
     ),
     "an average that never moves": (
         {"head_layers": 1, "head_refresh_decay": 1},

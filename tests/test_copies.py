@@ -192,7 +192,8 @@ def trained(folder, **values):
 def test_a_copy_at_every_step_is_the_live_layers(tmp_path):
     # An average that keeps next to nothing of the old copy takes the way over copies.
     live_layers = trained(tmp_path)
-    copied = trained(tmp_path, head_copies="frozen", head_refresh_decay=1e-12)
+    always = {"head_refresh_steps": 1, "head_refresh_lag": 0}
+    copied = trained(tmp_path, head_copies="frozen", head_refresh_decay=1e-12, **always)
     for key, value in live_layers.items():
         torch.testing.assert_close(copied[key], value, rtol=1e-5, atol=1e-7)
     frozen = trained(tmp_path, head_copies="frozen", head_refresh_steps=0)

@@ -6,6 +6,7 @@ from functools import partial
 
 import pytest
 import torch
+from menagerie import MENAGERIE
 from test_parity import examples
 from training import accuracy, hooks_left, make, snapshot
 from transformers import AutoModelForSeq2SeqLM
@@ -71,6 +72,11 @@ def assert_gradients_of_backpropagation(specimen, config):
 @pytest.mark.parametrize("name", NAMES)
 def test_with_all_layers_above_the_gradient_is_that_of_backpropagation(name, num_blocks):
     assert_gradients_of_backpropagation(SPECIMENS[name], BlockLocalConfig(num_blocks=num_blocks, head_layers=4))
+
+
+def test_so_it_is_where_each_layer_is_given_something_of_its_own():
+    config = BlockLocalConfig(num_blocks=4, head_layers=4)
+    assert_gradients_of_backpropagation(MENAGERIE["gemma4_text"], config)
 
 
 @pytest.mark.parametrize("boundaries", [(1,), (3,), (1, 3), (2, 3)])

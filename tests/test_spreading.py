@@ -119,15 +119,16 @@ def test_the_trainer_trains_on_several_devices_as_on_one(case, machine, tmp_path
     assert several.args.logging_nan_inf_filter
 
 
-def test_a_run_is_resumed_on_several_devices_and_on_one(machine, tmp_path):
+@pytest.mark.parametrize("name", ["bert", "llama"])
+def test_a_run_is_resumed_on_several_devices_and_on_one(name, machine, tmp_path):
     config = {"anchor": 0.5}
-    whole = trainer_of("bert", tmp_path / "one", together(**config), **SAVED)
+    whole = trainer_of(name, tmp_path / "one", together(**config), **SAVED)
     whole.train()
     with machine.running():
-        several = trainer_of("bert", tmp_path / "several", apart(**config), **SAVED)
+        several = trainer_of(name, tmp_path / "several", apart(**config), **SAVED)
         several.train(resume_from_checkpoint=str(tmp_path / "one" / "checkpoint-2"))
     assert equal(state_of(several), state_of(whole))
-    back = trainer_of("bert", tmp_path / "back", together(**config), **SAVED)
+    back = trainer_of(name, tmp_path / "back", together(**config), **SAVED)
     back.train(resume_from_checkpoint=str(tmp_path / "several" / "checkpoint-4"), trial=None)
     assert equal(state_of(back), state_of(whole))
 

@@ -171,7 +171,7 @@ def test_a_model_that_was_trained_apart_is_opened_with_the_heads_that_it_had(tmp
     config = BlockLocalConfig(num_blocks=2, head_lens=True, block_parallel_size=2)
     opened = open_trained(model, config=config, heads=tmp_path, inputs=batch)
     assert (opened.assembly.config.head_layers, opened.assembly.config.head_bypass) == (1, "skip")
-    assert opened.trained_apart
+    assert opened.never_refreshed
 
 
 def test_whoever_asks_heads_for_copies_that_are_gone_is_warned(caplog):

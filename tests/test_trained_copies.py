@@ -16,7 +16,7 @@ from hf_blocklocal import BlockLocalConfig, assemble
 from hf_blocklocal.checkpoint import HEADS_NAME, load_heads_, save_heads
 from hf_blocklocal.copies import Copies
 from hf_blocklocal.defaults import settled
-from hf_blocklocal.errors import ConfigError
+from hf_blocklocal.errors import ConfigError, CopiesMismatchError
 from hf_blocklocal.loans import Loan
 
 
@@ -169,28 +169,98 @@ def test_copies_decay_as_what_they_are_copies_of(tmp_path):
     assert found == {0.0, 0.1}
 
 
-def test_the_table_of_blocks_counts_what_heads_train():
+def test_the_table_of_blocks_counts_what_heads_train_as_work_and_not_as_parameters():
     specimen = SPECIMENS["bert"]
     assembly = assemble(specimen.build(), BlockLocalConfig(num_blocks=2, head_layers=1, **ALONE), specimen.batch(0))
-    numbers = sum(copy.numel() for copy in assembly.copies.learning[0].values())
-    assert f"{numbers:,}" in assembly.describe()
+    assert assembly.describe().splitlines()[1].split()[3] == "0"
     frozen = BlockLocalConfig(num_blocks=2, head_layers=1, head_copies="frozen", head_refresh_steps=0)
     still = assemble(specimen.build(), frozen, specimen.batch(0))
     assert assembly.head_costs[0] > 1.2 * still.head_costs[0]
 
 
-@pytest.mark.parametrize("setting", [{"step_per_block": True}, {"head_warmup_steps": 2}, {"anchor": 0.5}])
-def test_they_go_with_other_settings(setting, tmp_path):
-    config = BlockLocalConfig(num_blocks=2, head_layers=1, head_copies="trained", head_refresh_steps=2, **setting)
-    trainer = make("bert", tmp_path / "with", config=config, max_steps=5)
-    start = learning_of(trainer, 0)
+def test_stepping_at_once_changes_no_bit_of_them(tmp_path):
+    runs = []
+    for step_per_block in (False, True):
+        config = BlockLocalConfig(
+            num_blocks=2, head_copies="trained", head_refresh_steps=2, step_per_block=step_per_block
+        )
+        runs.append(make("bert", tmp_path / str(step_per_block), config=config, max_steps=5))
+        runs[-1].train()
+    assert equal(*map(snapshot, runs))
+    assert equal(*(learning_of(run, 0) for run in runs))
+
+
+def test_in_a_warmup_copies_learn_and_the_block_below_them_does_not(tmp_path):
+    config = BlockLocalConfig(num_blocks=2, head_warmup_steps=3, **ALONE)
+    trainer = make("bert", tmp_path, config=config, max_steps=3)
+    names = {parameter: name for name, parameter in trainer.model.named_parameters()}
+    lower = [parameter for parameter in trainer.assembly.parameters[0] if parameter in names]
+    before, start = [parameter.detach().clone() for parameter in lower], learning_of(trainer, 0)
     trainer.train()
+    assert all(map(torch.equal, before, lower))
     assert not equal(start, learning_of(trainer, 0))
-    if "step_per_block" in setting:
-        usual = BlockLocalConfig(num_blocks=2, head_layers=1, head_copies="trained", head_refresh_steps=2)
-        together = make("bert", tmp_path / "without", config=usual, max_steps=5)
-        together.train()
-        assert equal(snapshot(trainer), snapshot(together))
+
+
+def test_an_optimizer_of_the_users_own_steps_copies_as_their_originals(tmp_path):
+    model = SPECIMENS["bert"].build()
+    groups = [
+        {"params": [p for p in model.parameters() if p.dim() > 1], "lr": 1e-4, "weight_decay": 0.1},
+        {"params": [p for p in model.parameters() if p.dim() == 1], "lr": 1e-5, "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW(groups)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
+    config = BlockLocalConfig(num_blocks=2, **ALONE)
+    trainer = make("bert", tmp_path, model=model, config=config, optimizers=(optimizer, schedule))
+    trainer.train()
+    assert len(optimizer.param_groups) == 2
+    for copy, original in trainer.assembly.originals.items():
+        (group,) = (group for group in optimizer.param_groups if any(p is copy for p in group["params"]))
+        assert any(parameter is original for parameter in group["params"])
+        assert group["lr"] == (1e-4 if copy.dim() > 1 else 1e-5)
+
+
+def test_copies_take_no_memory_until_it_is_known_which_block_is_here():
+    model = three_blocks()
+    copies = Copies(model, LENT, every=2, learns=[{"1.weight"}, {"2.weight"}], of_all=False)
+    live = {name: model.get_parameter(name).data_ptr() for name in LENT[0]}
+    everything = [*copies.learning[0].items(), *copies.learning[1].items(), *copies._copies.items()]
+    assert all(copy.data_ptr() == live[name] for name, copy in everything)
+    copies.of_block(0, exchange=None)
+    assert copies.learning[1] == {}
+    assert all(copy.data_ptr() != live[name] for name, copy in [*copies.learning[0].items(), *copies._copies.items()])
+
+
+# ---- Checkpoints ----
+
+
+@pytest.mark.parametrize("name", ["bert", "t5"])
+def test_after_the_best_model_is_loaded_heads_borrow_what_they_did_then(name, tmp_path):
+    config = BlockLocalConfig(num_blocks=2, head_copies="trained")
+    best = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1}
+    best |= {"load_best_model_at_end": True, "metric_for_best_model": "loss", "greater_is_better": True}
+    rows = examples(SPECIMENS[name])
+    trainer = make(name, tmp_path, config=config, eval_dataset=rows, max_steps=5, learning_rate=0.05, **best)
+    trainer.train()
+    history = [entry for entry in trainer.state.log_history if "eval_block_0_loss" in entry]
+    then = max(history, key=lambda entry: entry["eval_loss"])
+    assert then["step"] < 5
+    now = trainer.evaluate()
+    assert now["eval_loss"] == then["eval_loss"]
+    assert now["eval_block_0_loss"] == then["eval_block_0_loss"]
+
+
+def test_a_run_without_copies_does_not_go_on_from_a_checkpoint_with_trained_ones(tmp_path):
+    saving = {"save_strategy": "steps", "save_steps": 3}
+    make("bert", tmp_path / "trained", config=BlockLocalConfig(num_blocks=2, **ALONE), **saving).train()
+    live = make("bert", tmp_path / "live", config=BlockLocalConfig(num_blocks=2), max_steps=6)
+    before = snapshot(live)
+    with pytest.raises(CopiesMismatchError, match="have trained copies .* Resume with head_copies='trained'"):
+        live.train(resume_from_checkpoint=str(tmp_path / "trained" / "checkpoint-3"))
+    assert equal(before, snapshot(live))
+    frozen = BlockLocalConfig(num_blocks=2, head_copies="frozen", head_refresh_steps=2)
+    make("bert", tmp_path / "frozen", config=frozen, **saving).train()
+    live.train(resume_from_checkpoint=str(tmp_path / "frozen" / "checkpoint-3"))
+    assert live.state.global_step == 6
 
 
 def test_a_card_says_that_heads_have_used_copies_of_their_own(tmp_path):
@@ -227,7 +297,48 @@ def test_live_layers_leave_open_what_copies_would_be():
     assert settled(BlockLocalConfig(num_blocks=4), single_stack=True).head_copies == "auto"
 
 
-@pytest.mark.parametrize("setting", [{"head_layers": 0}, {"feedback": "direct"}])
-def test_copies_of_nothing_cannot_be_trained(setting):
-    with pytest.raises(ConfigError, match="head_copies='trained' and head_layers=0 exclude each other"):
-        settled(BlockLocalConfig(head_copies="trained", **setting), single_stack=True)
+@pytest.mark.parametrize(
+    ("setting", "lends", "reason"),
+    [
+        ({"head_layers": 0}, True, "head_layers=0"),
+        ({"feedback": "direct"}, True, "feedback='direct' asks for heads of their own"),
+        ({}, False, "this model cannot lend layers"),
+    ],
+)
+def test_copies_of_nothing_cannot_be_trained(setting, lends, reason):
+    with pytest.raises(ConfigError, match=f"here they borrow none: {reason}"):
+        settled(BlockLocalConfig(head_copies="trained", **setting), single_stack=True, lends=lends)
+
+
+@pytest.mark.parametrize(
+    ("setting", "expected"),
+    [
+        ({"head_refresh_steps": 20}, ("trained", 20, 2, 0.5)),
+        ({"head_refresh_lag": 5}, ("trained", 10, 5, 0.5)),
+        ({"head_refresh_decay": 0.9}, ("trained", 10, 2, 0.9)),
+        ({"head_refresh_steps": 0}, ("trained", 0, 0, 0.0)),
+        ({"head_copies": "frozen"}, ("frozen", 10, 2, 0.0)),
+        ({"head_copies": "frozen", "head_refresh_steps": 1, "head_refresh_lag": 0}, ("frozen", 1, 0, 0.0)),
+    ],
+)
+@pytest.mark.parametrize("apart", [{}, {"block_parallel_size": 4}])
+def test_each_field_that_is_left_open_is_settled_by_itself(setting, expected, apart):
+    config = settled(BlockLocalConfig(num_blocks=4, **setting, **apart), single_stack=True)
+    fields = ("head_copies", "head_refresh_steps", "head_refresh_lag", "head_refresh_decay")
+    assert tuple(getattr(config, name) for name in fields) == expected
+    assert settled(config, single_stack=True) == config
+
+
+@pytest.mark.parametrize(
+    ("setting", "bypass", "steps"),
+    [
+        ({"head_copies": "trained"}, "skip", 0),
+        ({"head_copies": "trained", "head_bypass": "straight_through"}, "straight_through", 10),
+        ({"head_copies": "frozen"}, "skip", 10),
+        ({"block_parallel_size": 4}, "skip", 0),
+        ({}, "straight_through", None),
+    ],
+)
+def test_copies_of_a_decoder_that_is_shortened_keep_what_they_learn(setting, bypass, steps):
+    config = settled(BlockLocalConfig(num_blocks=4, **setting), single_stack=False)
+    assert (config.head_bypass, config.head_refresh_steps) == (bypass, steps)

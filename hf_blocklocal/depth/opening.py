@@ -43,13 +43,13 @@ class Opened:
         assembly: The model with its cut and its heads.
         inputs: A small batch with labels that it can run; None with a single block.
         folder: Where it was saved, if it comes from there.
-        trained_apart: Whether heads have trained copies of layers that were never brought in line with the model's.
+        never_refreshed: Whether heads have trained copies of layers that were never brought in line with the model's.
     """
 
     assembly: Assembly
     inputs: Mapping[str, Any] | None
     folder: Path | None = None
-    trained_apart: bool = False
+    never_refreshed: bool = False
 
     @property
     def model(self) -> PreTrainedModel:
@@ -64,7 +64,7 @@ class Opened:
             blocks: The blocks whose heads they are.
         """
         blocks = list(blocks)
-        if self.trained_apart and blocks:
+        if self.never_refreshed and blocks:
             logger.warning(
                 "%s use the layers of the model, and its heads have learned with copies of their own, which are gone "
                 "(head_copies='trained' with head_refresh_steps=0): expect poor predictions. For models of several "
@@ -142,8 +142,13 @@ def open_trained(
                 "This process holds one block of the model, and all of them are needed. Save the model, and give the "
                 "folder."
             )
+        if source.step.devices:
+            raise UnsupportedSettingError(
+                "The blocks of this model lie on several devices, and so do the copies that its heads borrow. Save "
+                "the model, and give the folder."
+            )
         inputs = inputs or (example_batch(source.module.model) if source.last > 0 else None)
-        return Opened(source, inputs, trained_apart=_trains_apart(source.config))
+        return Opened(source, inputs, never_refreshed=_never_refreshes(source.config))
     folder = None
     if isinstance(source, str | os.PathLike):
         folder = heads = Path(source)
@@ -171,9 +176,9 @@ def _assembled(
 ) -> Opened:
     if config.blocks_apart:  # what is left open depends on it
         config = settled(config, single_stack=not is_encoder_decoder(model))
-    trained_apart = _trains_apart(config)
+    never_refreshed = _never_refreshes(config)
     # Of copies and second runs nothing is left after training; heads borrow the layers that are saved.
-    live = {"head_refresh_steps": 1, "head_refresh_lag": 0, "head_refresh_decay": 0.0, "head_copies": "auto"}
+    live = {"head_copies": "auto", "head_refresh_steps": None, "head_refresh_lag": None, "head_refresh_decay": None}
     config = replace(config, **live, denoising=0.0, block_parallel_size=1, placement="auto")
     boundaries = None if heads is None else saved_boundaries(heads)
     if boundaries is not None and len(boundaries) + 1 == config.num_blocks:
@@ -188,10 +193,10 @@ def _assembled(
             "The heads of these blocks have parameters of their own, and none were given. Pass heads=folder, or give "
             "the folder that model and heads were saved in, or trainer.assembly."
         )
-    return Opened(assembly, inputs, folder, trained_apart)
+    return Opened(assembly, inputs, folder, never_refreshed)
 
 
-def _trains_apart(config: BlockLocalConfig) -> bool:
+def _never_refreshes(config: BlockLocalConfig) -> bool:
     return config.head_copies == "trained" and config.head_refresh_steps == 0
 
 

@@ -108,6 +108,8 @@ class Spread:
     def _lend_embeddings(self, assembly: Assembly) -> set[Place]:
         """Copy the embedding of the targets to where heads of their own compare with it."""
         self._embeddings: dict[int, Tensor] = {}
+        if assembly.step.shortcut is not None:  # heads that borrow have the model's own
+            return set()
         names = {parameter: name for name, parameter in self._model.named_parameters()}
         places = set()
         for block, lent in enumerate(assembly.lent):
@@ -123,10 +125,13 @@ class Spread:
         candidates = targets.candidates
         if candidates is not None:
             ids_C = None if candidates.ids_C is None else sent(candidates.ids_C, device)
-            embedding_VE = self._embeddings[block].detach()
+            embeddings_CE = candidates.embeddings_CE
+            if block in self._embeddings:
+                embedding_VE = self._embeddings[block].detach()
+                embeddings_CE = embedding_VE if ids_C is None else embedding_VE[ids_C]
             candidates = replace(
                 candidates,
-                embeddings_CE=embedding_VE if ids_C is None else embedding_VE[ids_C],
+                embeddings_CE=embeddings_CE,
                 log_weights_C=sent(candidates.log_weights_C, device),
                 ids_C=ids_C,
             )

@@ -12,7 +12,7 @@ from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 
 from hf_blocklocal.anchor import Anchor
 from hf_blocklocal.checkpoint import load_heads_, save_heads
-from hf_blocklocal.copies import Copies
+from hf_blocklocal.copies import Copies, check_no_copies_are_left_out
 from hf_blocklocal.hub import fetch
 from hf_blocklocal.parallel.stationing import Whole
 from hf_blocklocal.trainer.spreading import SpreadsBlocks
@@ -98,12 +98,17 @@ class SavesBlocks(SpreadsBlocks):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         """Load heads, anchor and copies before the model, so that a checkpoint of another cut changes nothing."""
+        if self.assembly.copies is None:
+            check_no_copies_are_left_out(resume_from_checkpoint)
         for kept in self._keepsakes:
             kept.load_(resume_from_checkpoint)
         self.load_heads(resume_from_checkpoint)
         super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _load_best_model(self) -> None:
-        """Load the heads that belong to the best model."""
+        """Load the heads that belong to the best model, and what they borrow, if the checkpoint holds it."""
         super()._load_best_model()
-        self.load_heads(self.state.best_model_checkpoint)
+        best, copies = self.state.best_model_checkpoint, self.assembly.copies
+        self.load_heads(best)
+        if copies is not None and (Path(best) / copies.file_name).is_file():
+            copies.load_(best)

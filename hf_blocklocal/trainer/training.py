@@ -139,7 +139,8 @@ class BlockLocalMixin(EvaluatesBlocks, SavesBlocks, PushesRuns, ScalesBlocks, Wr
         with self._parts_in_place():
             optimizer = super().create_optimizer(self.assembly.module)
         if given is not None:
-            add_heads_(given, list(self.assembly.heads.parameters()), has_schedule=has_schedule)
+            heads, originals = list(self.assembly.heads.parameters()), self.assembly.originals
+            add_heads_(given, heads, originals=originals, has_schedule=has_schedule)
         self.assembly.set_learning_rates_(self._inner_optimizer, has_schedule=has_schedule)
         self._keep_own_shard(self._inner_optimizer, given=given is not None)
         if self.block_local.step_per_block and self.assembly.last > 0:
