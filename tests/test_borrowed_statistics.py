@@ -62,7 +62,7 @@ def test_heads_and_second_runs_leave_statistics_elsewhere_alone(config):
 
 
 def test_copies_take_statistics_with_them():
-    model, assembly = assembled(head_layers=1, head_refresh_steps=2, head_refresh_lag=1)
+    model, assembly = assembled(head_layers=1, head_refresh_steps=2, head_refresh_lag=1, head_refresh_decay=0.0)
     before = statistics(model)
     teach(assembly, RESNET.batch(1))
     moved = next(name for name in before if name.startswith(f"{assembly.cut.layers[1]}.") and "mean" in name)

@@ -133,8 +133,8 @@ def test_it_is_the_default_of_an_encoder_decoder_whose_blocks_are_together(tmp_p
         ({"head_bypass": "straight_through"}, True, (1, "straight_through")),
         ({"head_layers": 0}, False, (0, "skip")),
         ({"feedback": "label"}, False, (0, "skip")),
-        ({"block_parallel_size": 2}, False, (1, "skip")),
-        ({"placement": "devices"}, False, (1, "skip")),
+        ({"block_parallel_size": 2}, False, (2, "skip")),
+        ({"placement": "devices"}, False, (2, "skip")),
     ],
 )
 def test_what_is_left_open_depends_on_the_model_and_on_where_blocks_are(options, single_stack, expected):
@@ -170,7 +170,7 @@ def test_a_model_that_was_trained_apart_is_opened_with_the_heads_that_it_had(tmp
     save_heads(tmp_path, heads=trained.heads.state_dict(), cut=trained.cut)
     config = BlockLocalConfig(num_blocks=2, head_lens=True, block_parallel_size=2)
     opened = open_trained(model, config=config, heads=tmp_path, inputs=batch)
-    assert (opened.assembly.config.head_layers, opened.assembly.config.head_bypass) == (1, "skip")
+    assert (opened.assembly.config.head_layers, opened.assembly.config.head_bypass) == (2, "skip")
     assert opened.never_refreshed
 
 
