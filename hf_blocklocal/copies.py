@@ -56,7 +56,7 @@ class Copies:
     Args:
         model: The model.
         lent: For each block but the last, the names of the parameters that its head borrows.
-        every: Steps from one copy to the next; 0 keeps the weights that training started with.
+        every: Steps from one copy to the next; 0 takes no others than those that training starts with.
         lag: Steps that a copy is old when it is taken into use.
         decay: Share of the old copy that stays.
         learns: For each block but the last, the names of those that learn with it in between; default: none do.
@@ -265,6 +265,7 @@ class Copies:
                 "head_copies and the trainable parameters of that run."
             )
         self._step = step
+        self.fetch()  # nothing may be left on its way
         self._waiting.clear()
         for name, copy in kept.items():
             copy.copy_(saved[name])

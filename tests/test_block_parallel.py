@@ -101,6 +101,7 @@ TWO = {
     },
     "resnet": {
         "specimen": "resnet",
+        "runs": 2,
         "args": BEST,
         "config": {"head_layers": 1, "head_refresh_steps": 2, "head_refresh_lag": 1},
     },
