@@ -19,7 +19,7 @@ from typing import Protocol
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from hf_blocklocal.errors import CopiesMismatchError
@@ -242,7 +242,7 @@ class Copies:
                 "save_only_model=True. Resume without head_copies and head_refresh_steps, lag or decay, or train on "
                 "from the model weights alone."
             )
-        tensors = load_file(path)
+        tensors = self._read(path)
         step, *schedule = tensors.pop("schedule").tolist()
         if schedule != [self.every, self.lag]:
             raise CopiesMismatchError(
@@ -252,8 +252,6 @@ class Copies:
             )
         saved = {key.removeprefix("copy/"): tensor for key, tensor in tensors.items() if key.startswith("copy/")}
         kept = self._kept()
-        if self._exchange is not None:  # the file is of all blocks
-            saved = {name: tensor for name, tensor in saved.items() if name in kept}
         saved = {
             key: tensor
             for name, tensor in saved.items()
@@ -276,6 +274,19 @@ class Copies:
                 waiting = self._waiting.setdefault(int(used_at), {})
                 for key in self._keys_of(name):
                     waiting[key] = tensor.to(devices[key])
+
+    def _read(self, path: Path) -> dict[str, Tensor]:
+        """Read a file of copies; of all blocks' only what concerns the one that is here."""
+        kept = self._kept()
+
+        def is_wanted(key: str) -> bool:
+            kind, _, rest = key.partition("/")
+            if self._exchange is None or kind == "schedule":
+                return True
+            return rest in kept if kind == "copy" else bool(self._keys_of(rest.partition("/")[2]))
+
+        with safe_open(path, framework="pt") as file:
+            return {key: file.get_tensor(key) for key in file.keys() if is_wanted(key)}  # noqa: SIM118
 
     def _keys_of(self, name: str) -> list[str]:
         """Return under which keys a weight is copied here."""
