@@ -6,7 +6,9 @@ import copy
 
 import pytest
 import torch
+import transformers
 from menagerie import MENAGERIE
+from packaging.version import Version
 from zoo import CLASSES, IGNORED, SPECIMENS
 
 from hf_blocklocal import BlockLocalConfig, assemble
@@ -29,6 +31,8 @@ CASES = [
 ]
 # Models whose layers are given more than a hidden state that learns: who asks for its gradient depends on the cut.
 SHARING = ("bart", "whisper", "t5", "deberta_v2")
+# Until transformers 5.23, these look at values on their way: a number drawn for LayerDrop, who goes to which expert.
+LOOKING = ("bart", "whisper", "mixtral") if Version(transformers.__version__) < Version("5.23") else ()
 NEGATIVES = 16
 
 
@@ -87,6 +91,10 @@ def test_a_plan_counts_the_operations_of_a_step_exactly_and_its_bytes_within_fiv
     distinct = None
     if assembly.task.target == "vocabulary":
         distinct = len(assembly.read_targets(batch).values.unique())
+    if name in LOOKING:
+        with pytest.raises(UnsupportedSettingError, match="--with-weights"):
+            planned(model, block_local, batch, distinct=distinct)
+        return
     costs = planned(model, block_local, batch, distinct=distinct)
     spans = assembly.cut.spans
     if name in SHARING:
