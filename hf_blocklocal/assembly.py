@@ -40,7 +40,7 @@ from hf_blocklocal.feedback import FeedbackHead
 from hf_blocklocal.groups import factors_by_block, rates_of_feedback, scale_learning_rates_
 from hf_blocklocal.inlets import Inlets
 from hf_blocklocal.losses import Contrast
-from hf_blocklocal.needs import trace_needs
+from hf_blocklocal.needs import Needs, trace_needs
 from hf_blocklocal.partition import Span
 from hf_blocklocal.sampling import mixed, with_candidates
 from hf_blocklocal.settings import check_adapters, check_quantisation
@@ -91,6 +91,7 @@ class Assembly:
         owners: The block that owns each parameter of the model, by name.
         lent: For each block but the last, the names of the parameters of later blocks that its head uses.
         copies: Copies of those, if the config asks for any; else heads use live ones.
+        needs: What each block needs to be run by itself, if blocks are apart or heads borrow.
         head_costs: Operations of each head as a share of those of its block, forward and backward, in the traced
             batch; none where that has no target that counts.
         parts: For each parameter of the model that is spread over several processes, what is here of it, which is in
@@ -109,6 +110,7 @@ class Assembly:
     owners: Mapping[str, int] = field(default_factory=dict)
     lent: tuple[set[str], ...] = ()
     copies: Copies | None = None
+    needs: Needs | None = None
     head_costs: tuple[float, ...] = ()
     parts: Mapping[nn.Parameter, nn.Parameter] = field(default_factory=dict)
     shared: tuple[str, ...] = ()
@@ -276,9 +278,8 @@ def assemble(
     boundaries = Boundaries(model, cut, router_loss.routers if router_loss else None)
     reach = trace_reach(model, boundaries, inputs)
     config = with_shared_weights_settled_(model, config, reach, asked=asked == "untie")
-    needs = trace_needs(model, boundaries, inputs) if config.borrows else None
-    if needs is not None:
-        boundaries.carried = needs.lasting
+    needs = trace_needs(model, boundaries, inputs) if config.borrows or config.blocks_apart else None
+    boundaries.carried = needs.lasting if config.borrows else {}
     inlets = Inlets(model, boundaries) if config.denoising > 0 or config.reconstruction > 0 else None
     denoising = None
     if config.denoising > 0:
@@ -312,6 +313,7 @@ def assemble(
         owners=owners,
         lent=lent,
         copies=copies,
+        needs=needs,
         shared=tuple(shared_by_blocks(reach)),
     )
     targets = assembly.read_targets(inputs)

@@ -151,7 +151,7 @@ def build_model(
     if task not in TASKS:
         raise UnsupportedSettingError(f"There is no task {task!r}. Choose one of {sorted(TASKS)}.")
     auto_class = getattr(transformers, TASKS[task][0])
-    if "sequence" in task and getattr(config, "problem_type", None) is None and config.num_labels > 1:
+    if task == "sequence-classification" and config.problem_type is None and config.num_labels > 1:
         config = copy.deepcopy(config)
         config.problem_type = "single_label_classification"  # else models look at labels to find out
     if with_weights:

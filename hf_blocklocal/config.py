@@ -125,7 +125,7 @@ class BlockLocalConfig:
         "How a head that borrows layers gets past the others above its block. skip: leaves them out. "
         "straight_through: runs them forward and sends gradients past them unchanged, so that its loss is the model's "
         "own; evaluations leave them out all the same. auto: straight_through in encoder-decoders "
-        "whose blocks are in one process and on one device, else skip.",
+        "whose blocks are in one process and on one device, with live layers; else skip.",
     )
     head_lens: bool = _help(
         False,

@@ -15,7 +15,7 @@ from several_devices import CPU, Machine, device
 from stepping import stepped
 from zoo import SPECIMENS as ZOO
 
-from hf_blocklocal import BlockLocalConfig, assemble
+from hf_blocklocal import BlockLocalConfig, assemble, truncate
 from hf_blocklocal.crossing import sent, set_out
 from hf_blocklocal.defaults import settled
 from hf_blocklocal.devices.copying import CopiesOnDevices, Pool
@@ -183,6 +183,8 @@ def test_a_spread_model_generates_what_it_did():
         Spread(assembly, [device(0), device(1)], batch)
         here = {name: value.to(device(0)) if name == "attention_mask" else value for name, value in options.items()}
         written = model.generate(prompt.to(device(0)), **here)
+        with pytest.raises(UnsupportedSettingError, match="lie on several devices.*Save the model"):
+            truncate(assembly, 1)
     assert torch.equal(written, expected)
 
 
@@ -218,7 +220,7 @@ def test_inputs_go_straight_to_where_they_are_needed():
 def test_a_weight_that_learns_where_it_does_not_run_is_refused():
     with Machine().running():
         model, batch = build("gpt2"), SPECIMENS["gpt2"].batch(0)
-        assembly = assemble(model, BlockLocalConfig(num_blocks=2, tied_weights="add", head_layers=0), batch)
+        assembly = assemble(model, BlockLocalConfig(num_blocks=2, tied_weights="add"), batch)
         with pytest.raises(
             UnsupportedSettingError, match="wte.weight runs with block 0, on hpu:0, and learns from block 1"
         ):

@@ -194,6 +194,13 @@ def test_a_model_that_asks_for_values_is_refused_and_measured_with_weights():
     assert all(layer.forward > 0 for layer in costs.layers)
 
 
+@pytest.mark.parametrize("name", ["convnext", "swin"])
+def test_stages_are_planned_though_they_are_made_with_numbers_that_they_compute(name):
+    costs = planned(MENAGERIE[name].build(), BlockLocalConfig(num_blocks=2), MENAGERIE[name].batch(0))
+    assert all(not head.borrows and head.parameters > 0 for head in costs.heads)
+    assert all(layer.forward > 0 for layer in costs.layers)
+
+
 @pytest.mark.parametrize("name", ["gpt_oss", "qwen3_moe"])
 def test_experts_are_planned_whatever_their_type(name):
     costs = planned(MENAGERIE[name].build(), BlockLocalConfig(num_blocks=2), full_length(MENAGERIE[name].batch(0)))

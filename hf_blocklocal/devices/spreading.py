@@ -17,7 +17,6 @@ from hf_blocklocal.devices.copying import CopiesOnDevices, Place, Pool
 from hf_blocklocal.devices.hosting import Hosting, block_order
 from hf_blocklocal.devices.twins import Twins, make_twin
 from hf_blocklocal.errors import UnsupportedSettingError
-from hf_blocklocal.needs import trace_needs
 from hf_blocklocal.parallel.uses import check_heads_look_up, used_by_heads
 from hf_blocklocal.targets import Targets
 from hf_blocklocal.trace import evaluation_mode
@@ -161,7 +160,7 @@ class _Outside:
     def __init__(self, assembly: Assembly, devices: Sequence[torch.device], inputs: Mapping[str, Any]) -> None:
         self._assembly, self._devices = assembly, devices
         model, cut = assembly.module.model, assembly.cut
-        self._needs = trace_needs(model, assembly.step.boundaries, inputs).parameters
+        self._needs = assembly.needs.parameters
         order = block_order(model, cut, inputs)
         self._trunks = [path for path, _ in model.named_modules() if not path or cut.layers[0].startswith(f"{path}.")]
         self._modules = {path: module for path, module in model.named_modules() if cut.layer_of_path(path) is None}

@@ -14,7 +14,6 @@ from hf_blocklocal.assembly import Assembly
 from hf_blocklocal.blocks import Boundaries
 from hf_blocklocal.errors import BatchMismatchError, UnsupportedSettingError
 from hf_blocklocal.lending import replaced_tensors
-from hf_blocklocal.needs import trace_needs
 from hf_blocklocal.parallel.batches import described, facts_of
 from hf_blocklocal.parallel.chain import Chain
 from hf_blocklocal.parallel.exchange import WeightExchange
@@ -79,7 +78,7 @@ class Stationing:
         self.owners = {p: block for block, mine in enumerate(assembly.parameters) for p in mine}
         if assembly.step.shortcut is not None:
             check_heads_look_up(assembly, used_by_heads(assembly, batch))
-        needs = trace_needs(model, boundaries, batch)
+        needs = assembly.needs
         self.owners |= _holders_of_frozen(model, boundaries, needs.parameters)
         unneeded = unneeded_here(model, boundaries, chain.block, needs) - self._lent_as_it_is()
         gone = {name: p for name, p in model.named_parameters() if name in unneeded and not self.is_mine(p)}
