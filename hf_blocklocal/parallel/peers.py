@@ -196,7 +196,7 @@ class Peers:
     def _beat(self, board: Board) -> None:
         count = 0
         with suppress(BlockPeerError):  # the thread that computes will find out, and says so
-            while not self._stopped.wait(_BEAT):
+            while count == 0 or not self._stopped.wait(_BEAT):  # the first at once: a run may be short
                 count += 1
                 board.set(f"alive/{self._rank}", f"{self.step} {count}")
                 if not self.told_to_stop and board.has("stop"):
