@@ -19,6 +19,7 @@ from hf_blocklocal.anatomy import (
     find_stacks,
     target_embedding,
 )
+from hf_blocklocal.balancing import balanced_cut
 from hf_blocklocal.blocks import Boundaries, Cut
 from hf_blocklocal.building import (
     build_chunked,
@@ -39,14 +40,12 @@ from hf_blocklocal.errors import UnsupportedSettingError
 from hf_blocklocal.feedback import FeedbackHead
 from hf_blocklocal.groups import factors_by_block, rates_of_feedback, scale_learning_rates_
 from hf_blocklocal.inlets import Inlets
-from hf_blocklocal.losses import Contrast
 from hf_blocklocal.needs import Needs, trace_needs
 from hf_blocklocal.partition import Span
-from hf_blocklocal.sampling import mixed, with_candidates
+from hf_blocklocal.reading import contrasts_tokens, targets_for
 from hf_blocklocal.settings import check_adapters, check_quantisation
-from hf_blocklocal.spans import read_spans
 from hf_blocklocal.step import LocalStep
-from hf_blocklocal.targets import Targets, Task, labels_of, read_targets
+from hf_blocklocal.targets import Targets, Task, labels_of
 from hf_blocklocal.trace import owners_of, plan_cut, plan_spans, trace_layers, trace_reach
 from hf_blocklocal.tying import shared_by_blocks, with_shared_weights_settled_, with_tied_weights_settled_
 
@@ -152,17 +151,13 @@ class Assembly:
         """
         if self.task is None:
             return None
-        targets = read_spans(inputs) if self.task.target == "spans" else read_targets(self.task, inputs)
-        if self.task.target != "vocabulary" or not any(isinstance(head.loss, Contrast) for head in self.heads):
-            return targets
-        generator = torch.Generator().manual_seed(mixed(seed))
-        shortcut = self.step.shortcut
-        whole_vocabulary = whole_vocabulary or (shortcut is not None and not shortcut.confines)
-        negatives = None if whole_vocabulary else self.config.negatives
-        embedding = target_embedding(self.module.model)
-        if self.copies is not None:
-            embedding = self.copies[embedding]
-        return with_candidates(targets, embedding, negatives=negatives, generator=generator)
+        embedding, negatives = None, None
+        if contrasts_tokens(self.task, self.heads):
+            embedding, shortcut = target_embedding(self.module.model), self.step.shortcut
+            whole_vocabulary = whole_vocabulary or (shortcut is not None and not shortcut.confines)
+            negatives = None if whole_vocabulary else self.config.negatives
+            embedding = embedding if self.copies is None else self.copies[embedding]
+        return targets_for(self.task, self.heads, inputs, embedding, negatives=negatives, seed=seed)
 
     def lower_weights(self) -> dict[str, nn.Parameter]:
         """Return the trainable parameters of the model that are here and belong to a block below the last, by name."""
@@ -266,8 +261,8 @@ def assemble(
         return _uncut(model, config)
     asked, config = config.tied_weights, with_tied_weights_settled_(model, config)
     trace = trace_layers(model, find_stacks(model, config.layers), inputs)
-    cut = plan_cut(trace, config)
     config = settled(config, single_stack=trace.stacks[-1] == 0, lends=can_lend(model, trace))
+    cut = balanced_cut(model, config, trace, inputs) if config.balance == "cost" else plan_cut(trace, config)
     device = labels_of(inputs).device
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
@@ -286,7 +281,7 @@ def assemble(
         denoising = build_denoising(model, config, trace, boundaries, inlets, reach)
     owners = owners_of((name for name, _ in model.named_parameters()), cut, reach)
     shortcut = build_shortcut(model, config, trace, cut, inputs, reach) if config.borrows else None
-    contrasts = trace.task.target == "vocabulary" and any(isinstance(head.loss, Contrast) for head in heads)
+    contrasts = contrasts_tokens(trace.task, heads)
     lent = lent_to_heads(model, shortcut, owners, cut.num_blocks, contrasts_tokens=contrasts)
     config = refreshed(config) if any(lent) else config
     copies = build_copies(model, config, lent, shortcut)

@@ -61,7 +61,8 @@ class BlockLocalConfig:
         None, "First layer of every block but the first, counted in the order of execution. Replaces num_blocks."
     )
     balance: Literal["layers", "cost"] = _help(
-        "layers", "What the blocks are equal in: layers, or measured floating-point operations of a traced batch."
+        "layers",
+        "What the blocks are equal in: layers, or the floating-point operations of a traced batch, heads included.",
     )
     block_parallel_size: int = _help(
         1,

@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 # What training the blocks apart can gain is spent by heads that cost more than this share of their block.
 LIGHT = 0.1
 # A backward pass computes two products for each one of the forward pass: for the weights, and for the input.
-_FORWARD_AND_BACKWARD = 3
+FORWARD_AND_BACKWARD = 3
 
 
 def head_costs(
@@ -44,7 +44,7 @@ def head_costs(
         targets: Its targets.
     """
     spans = step.boundaries.cut.spans
-    in_blocks = [_FORWARD_AND_BACKWARD * sum(layer_costs[span.start : span.stop]) for span in spans]
+    in_blocks = [FORWARD_AND_BACKWARD * sum(layer_costs[span.start : span.stop]) for span in spans]
     in_heads = head_operations(model, step, inputs, targets)
     return tuple(head / block if block > 0 else 0.0 for head, block in zip(in_heads, in_blocks[:-1], strict=True))
 

@@ -119,6 +119,11 @@ def _check_heads_of_one_kind(config: BlockLocalConfig) -> None:
         )
 
 
+def with_live_layers(config: BlockLocalConfig) -> BlockLocalConfig:
+    """Return a configuration whose heads borrow the layers themselves, where they would borrow copies."""
+    return replace(config, head_copies="auto", head_refresh_steps=None, head_refresh_lag=None, head_refresh_decay=None)
+
+
 def refreshed(config: BlockLocalConfig, *, single_stack: bool = True) -> BlockLocalConfig:
     """Return a configuration that leaves nothing about copies open: late ones, where blocks are on several devices.
 

@@ -103,23 +103,6 @@ def boundaries_within_runs(lengths: Sequence[int], num_blocks: int) -> tuple[int
     return tuple(span.start for span in spans[1:])
 
 
-def spans_by_cost(costs: Sequence[float], num_blocks: int) -> list[Span]:
-    """Cut a stack so that the costliest block is as cheap as possible.
-
-    Args:
-        costs: Cost of each layer, in any unit; what runs before the first or after the last layer is added to those.
-        num_blocks: Blocks to cut the stack into.
-
-    Returns:
-        One span per block, in forward order, without gap or overlap; the same for the same costs.
-
-    Raises:
-        CutError: If a block would be left without a layer.
-    """
-    total = [0.0, *accumulate(costs)]
-    return cheapest_spans(len(costs), num_blocks, lambda _block, span: total[span.stop] - total[span.start])
-
-
 def cheapest_spans(num_layers: int, num_blocks: int, cost: Callable[[int, Span], float]) -> list[Span]:
     """Cut a stack so that the costliest block is as cheap as possible, where a cost is of a block as a whole.
 

@@ -21,15 +21,16 @@ from hf_blocklocal.anatomy import (
     is_encoder_decoder,
     target_embedding,
 )
-from hf_blocklocal.blocks import Boundaries, Cut
+from hf_blocklocal.balancing import cut_behind_every_layer
+from hf_blocklocal.blocks import Boundaries
 from hf_blocklocal.building import build_chunked, build_heads, build_shortcut, can_lend, lent_to_heads
 from hf_blocklocal.config import BlockLocalConfig
-from hf_blocklocal.defaults import settled
+from hf_blocklocal.defaults import settled, with_live_layers
 from hf_blocklocal.errors import UnsupportedSettingError
-from hf_blocklocal.losses import Contrast
 from hf_blocklocal.model_costs import HeadCosts, LayerCosts, ModelCosts, Weight
 from hf_blocklocal.needs import trace_needs
 from hf_blocklocal.partition import even_spans
+from hf_blocklocal.reading import contrasts_tokens
 from hf_blocklocal.spans import spans_without_values
 from hf_blocklocal.step import LocalStep
 from hf_blocklocal.targets import Candidates, Targets, Task, labels_of
@@ -132,7 +133,7 @@ class _Parts:
 
 def _cut_everywhere(model: nn.Module, config: BlockLocalConfig, trace: Trace, setting: Setting) -> _Parts:
     num_layers = len(trace.layers)
-    cut = Cut(trace.layers, trace.stacks, tuple(even_spans(num_layers, num_layers)))
+    cut = cut_behind_every_layer(trace)
     router_loss = find_router_loss(model)
     boundaries = Boundaries(model, cut, router_loss.routers if router_loss else None)
     reach = trace_reach(model, boundaries, setting.inputs)
@@ -147,15 +148,14 @@ def _cut_everywhere(model: nn.Module, config: BlockLocalConfig, trace: Trace, se
     )
     in_first = None
     if config.borrows:
-        live = replace(
-            config, head_copies="auto", head_refresh_steps=None, head_refresh_lag=None, head_refresh_decay=None
-        )
         has_values, confines = setting.loss_traits is None, None
         boundaries.carried = trace_needs(model, boundaries, setting.inputs, has_values=has_values).lasting
         if not has_values:
             confines = trace.task.target == "vocabulary" and _has_plain_head(model)
-        step.shortcut = build_shortcut(model, live, trace, cut, setting.inputs, reach, confines=confines)
-    contrasts = trace.task.target == "vocabulary" and any(isinstance(head.loss, Contrast) for head in step.heads)
+        step.shortcut = build_shortcut(
+            model, with_live_layers(config), trace, cut, setting.inputs, reach, confines=confines
+        )
+    contrasts = contrasts_tokens(trace.task, step.heads)
     lent = list(lent_to_heads(model, step.shortcut, owners, num_layers, contrasts_tokens=contrasts))
     trains: list[set[str]] = [set() for _ in lent]
     if config.borrows:

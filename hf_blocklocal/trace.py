@@ -24,7 +24,7 @@ from hf_blocklocal.blocks import Boundaries, Cut
 from hf_blocklocal.config import BlockLocalConfig
 from hf_blocklocal.errors import CutError, TargetError
 from hf_blocklocal.operations import operation_counter
-from hf_blocklocal.partition import Span, even_spans, spans_by_cost, spans_from_boundaries
+from hf_blocklocal.partition import Span, even_spans, spans_from_boundaries
 from hf_blocklocal.signals import beside_hidden, first_tensor, given_hidden
 from hf_blocklocal.spans import SPANS, has_spans, sequence_shape, span_logits
 from hf_blocklocal.targets import Task, describe_task, labels_of
@@ -165,31 +165,28 @@ def _task(model: nn.Module, inputs: Mapping[str, Any], outputs: Any, loss_traits
     )
 
 
-def plan_spans(config: BlockLocalConfig, num_layers: int, costs: Sequence[float] | None = None) -> list[Span]:
-    """Decide which layers make up which block.
+def plan_spans(config: BlockLocalConfig, num_layers: int) -> list[Span]:
+    """Decide which layers make up which block, as far as that takes no model.
 
     Args:
-        config: How to cut.
+        config: How to cut; `balance="cost"` is cut by layers, which finds the same errors.
         num_layers: Layers to cut.
-        costs: Cost of each layer. Without, `balance="cost"` is cut by layers, which finds the same errors.
 
     Raises:
         CutError: If the layers cannot be cut as asked.
     """
     if config.boundaries is not None:
         return spans_from_boundaries(num_layers, config.boundaries)
-    if config.balance == "cost" and costs is not None:
-        return spans_by_cost(costs, config.num_blocks)
     return even_spans(num_layers, config.num_blocks)
 
 
 def plan_cut(trace: Trace, config: BlockLocalConfig) -> Cut:
-    """Decide where to cut a traced model.
+    """Decide where to cut a traced model, by boundaries or by layers.
 
     Raises:
         CutError: If the layers cannot be cut as asked.
     """
-    return Cut(trace.layers, trace.stacks, tuple(plan_spans(config, len(trace.layers), trace.costs)))
+    return Cut(trace.layers, trace.stacks, tuple(plan_spans(config, len(trace.layers))))
 
 
 def trace_reach(

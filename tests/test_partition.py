@@ -8,7 +8,7 @@ from itertools import combinations, pairwise
 import pytest
 
 from hf_blocklocal.errors import CutError
-from hf_blocklocal.partition import Span, boundaries_within_runs, even_spans, spans_by_cost, spans_from_boundaries
+from hf_blocklocal.partition import Span, boundaries_within_runs, cheapest_spans, even_spans, spans_from_boundaries
 
 
 def covers(spans, num_layers):
@@ -82,6 +82,10 @@ def test_boundaries_that_cannot_be_are_refused_beside_those_that_can(boundaries)
         f"Cannot cut 4 layers at boundaries {list(boundaries)}: each is the first layer of a block, so they must "
         "ascend strictly and lie between 1 and 3."
     )
+
+
+def spans_by_cost(costs, num_blocks):
+    return cheapest_spans(len(costs), num_blocks, lambda _block, span: sum(costs[span.start : span.stop]))
 
 
 @pytest.mark.parametrize("seed", range(20))

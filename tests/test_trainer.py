@@ -189,7 +189,9 @@ def test_callbacks_see_an_ordinary_run(tmp_path):
 
 def test_cutting_by_cost_balances_the_blocks(tmp_path):
     by_layers, by_cost = (
-        make("gpt2", tmp_path, config=BlockLocalConfig(num_blocks=3, balance=balance)).assembly.cut.spans
+        make(
+            "gpt2", tmp_path, config=BlockLocalConfig(num_blocks=3, head_layers=0, latent_dim=4, balance=balance)
+        ).assembly.cut.spans
         for balance in ("layers", "cost")
     )
     assert [len(span) for span in by_layers] == [1, 1, 2]

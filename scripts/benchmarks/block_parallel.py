@@ -1,7 +1,8 @@
 """Throughput of a block per process beside one process with all blocks, backpropagation, and data parallelism.
 
 Heads are of their own, which is nearly no work. Beside that stand the default heads of several processes, which train
-a copy of an upper layer, here in one process too: that makes the lower block the larger one.
+a copy of an upper layer, here in one process too: that makes the lower block the larger one, unless the model has a
+layer more. And lens heads, which train a copy of the model's own task head alone.
 
 Every way of training is started anew in each round, one after the other, with `accelerate launch` where it takes
 several processes, one thread each, the same global batch and an optimizer step per batch. Told per way: samples per
@@ -26,7 +27,7 @@ import os
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -51,7 +52,9 @@ SIZE = Size(layers=8, batch=16)
 SIZES = {"cpu": SIZE, "cuda": Size(layers=8, width=1024, batch=32, sequence=512)}
 WARM_UP = 4
 ONE, BACKPROPAGATION = "block-local, one process", "backpropagation, one process"
-ONE_DEFAULT = f"{ONE}, default heads"
+TWO = "block-local, 2 processes"
+DEFAULT, EVEN, LENS = "default heads", "default heads, a layer more", "lens heads"
+ONE_DEFAULT, ONE_EVEN, ONE_LENS = (f"{ONE}, {heads}" for heads in (DEFAULT, EVEN, LENS))
 
 
 @dataclass(frozen=True)
@@ -62,12 +65,14 @@ class Way:
         processes: Processes it takes.
         block_local: Fields of `BlockLocalConfig`; none for the plain Trainer.
         divided: By how much a batch is divided among processes.
+        more_layers: Layers that its model has more than that of other ways.
         beside: The way of one process that it is compared with.
     """
 
     processes: int = 1
     block_local: dict[str, Any] | None = None
     divided: int = 1
+    more_layers: int = 0
     beside: str = ONE
 
 
@@ -79,10 +84,14 @@ def blocks(processes: int, **heads: int | str) -> dict[str, Any]:
 WAYS = {
     BACKPROPAGATION: Way(),
     ONE: Way(1, blocks(1, head_layers=0)),
-    "block-local, 2 processes": Way(2, blocks(2, head_layers=0)),
+    TWO: Way(2, blocks(2, head_layers=0)),
     "block-local, 4 processes": Way(4, blocks(4, head_layers=0)),
     ONE_DEFAULT: Way(1, blocks(1, head_copies="trained"), beside=ONE_DEFAULT),
-    "block-local, 2 processes, default heads": Way(2, blocks(2), beside=ONE_DEFAULT),
+    f"{TWO}, {DEFAULT}": Way(2, blocks(2), beside=ONE_DEFAULT),
+    ONE_EVEN: Way(1, blocks(1, head_copies="trained", balance="cost"), more_layers=1, beside=ONE_EVEN),
+    f"{TWO}, {EVEN}": Way(2, blocks(2, balance="cost"), more_layers=1, beside=ONE_EVEN),
+    ONE_LENS: Way(1, blocks(1, head_layers=0, head_lens=True, head_copies="trained"), beside=ONE_LENS),
+    f"{TWO}, {LENS}": Way(2, blocks(2, head_layers=0, head_lens=True), beside=ONE_LENS),
     "backpropagation, 2 processes, data parallel": Way(2, divided=2),
 }
 
@@ -136,6 +145,7 @@ def train(way: str, size: Size, device: str, options: argparse.Namespace) -> Non
     from transformers import TrainerCallback
 
     steps = WARM_UP + options.steps
+    size = replace(size, layers=size.layers + WAYS[way].more_layers)
     trainer = build_trainer(
         build_model("encoder", size),
         build_examples("encoder", size, size.batch * steps),

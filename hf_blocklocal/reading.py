@@ -1,0 +1,46 @@
+"""Read from a batch what all of its heads are to be taught, negatives included."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hf_blocklocal.feedback import FeedbackHead
+from hf_blocklocal.losses import Contrast
+from hf_blocklocal.sampling import mixed, with_candidates
+from hf_blocklocal.spans import read_spans
+from hf_blocklocal.targets import Targets, Task, read_targets
+
+
+def contrasts_tokens(task: Task, heads: Iterable[FeedbackHead]) -> bool:
+    """Tell whether heads compare their targets with other tokens of a vocabulary."""
+    return task.target == "vocabulary" and any(isinstance(head.loss, Contrast) for head in heads)
+
+
+def targets_for(
+    task: Task,
+    heads: Iterable[FeedbackHead],
+    inputs: Mapping[str, Any],
+    embedding_VE: Tensor | None,
+    *,
+    negatives: int | None,
+    seed: tuple[int, ...] = (0,),
+) -> Targets:
+    """Return the targets of a batch, with candidates where heads contrast tokens.
+
+    Args:
+        task: What the labels mean.
+        heads: The heads that learn from them.
+        inputs: The model's inputs with labels.
+        embedding_VE: The embedding of target tokens; only looked at where heads contrast tokens.
+        negatives: Negatives to draw, None for the whole vocabulary.
+        seed: What they are drawn from.
+    """
+    targets = read_spans(inputs) if task.target == "spans" else read_targets(task, inputs)
+    if not contrasts_tokens(task, heads):
+        return targets
+    generator = torch.Generator().manual_seed(mixed(seed))
+    return with_candidates(targets, embedding_VE, negatives=negatives, generator=generator)
