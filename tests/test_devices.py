@@ -30,6 +30,7 @@ REFRESHED = {"head_refresh_steps": 2, "head_refresh_lag": 1}
 ALONE = {"head_copies": "trained", "head_refresh_steps": 0}
 UNTIED = {"tied_weights": "untie"}
 FROZEN = {"tied_weights": "freeze", "head_layers": 0}
+FOUR = {"num_blocks": 4, "head_layers": 2, "head_bypass": "skip"}
 CASES = {
     "bert, own heads": ("bert", {"head_layers": 0}),
     "bert": ("bert", REFRESHED),
@@ -45,6 +46,11 @@ CASES = {
     "t5, own heads": ("t5", REFRESHED | FROZEN),
     "bart, whole decoder": ("bart", FROZEN | {"head_layers": 4, "head_bypass": "skip"} | ALONE),
     "bart": ("bart", REFRESHED | FROZEN),
+    # Of four blocks, two end in the decoder, on other devices than the states of the encoder.
+    "t5, four blocks": ("t5", FROZEN | FOUR | REFRESHED),
+    "bart, four blocks": ("bart", FROZEN | FOUR | ALONE),
+    "whisper, four blocks": ("whisper", FROZEN | FOUR | REFRESHED),
+    "bart, four blocks, own heads": ("bart", REFRESHED | FROZEN | {"num_blocks": 4}),
     "whisper": ("whisper", REFRESHED | FROZEN),
     "resnet, running statistics": ("resnet", REFRESHED | {"num_blocks": 2, "head_layers": 1}),
     "wav2vec2, masks in the task head": ("wav2vec2", {"head_layers": 0}),

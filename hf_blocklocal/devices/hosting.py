@@ -87,6 +87,7 @@ class Hosting:
         self._block = 0
         self._sides = _Sides()
         self._in_memory: list[tuple[Tensor, Tensor]] = []
+        self._shadows: Shadows | None = None
         self._is_running = False
         self._outside = ExitStack()
         self._handles: list[RemovableHandle] = []
@@ -135,18 +136,23 @@ class Hosting:
         self._sides.clear()
         self._outside.close()  # of a pass that has failed
         args, kwargs = _on(self._devices[0], args), self.placed(kwargs)
+        self._shadows = Shadows(self._in_memory) if self._in_memory else None
         self._shadow()
         return args, kwargs
 
     def _shadow(self) -> None:
-        """Answer from main memory, until a layer begins, what the model asks of its inputs."""
-        if self._in_memory:
-            self._outside.enter_context(Shadows(self._in_memory))
+        """Answer from main memory, until a layer begins, what the model asks of its inputs and what it makes of them.
+
+        What it has made before its first layer may be for a later one, as the inputs of a decoder are.
+        """
+        if self._shadows is not None:
+            self._outside.enter_context(self._shadows)
 
     def _leave_model(self, *_: Any) -> None:
         self._is_running = False
         self._sides.clear()
         self._outside.close()
+        self._shadows = None
 
     def _enter_layer(
         self, spot: _Spot, _layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from hf_blocklocal.anatomy import input_embedding
 from hf_blocklocal.assembly import Assembly
+from hf_blocklocal.blocks import Trail
 from hf_blocklocal.crossing import sent
 from hf_blocklocal.devices.copying import Place, Pool
 from hf_blocklocal.devices.shadows import Shadows, pairs_of
@@ -121,15 +122,19 @@ class Twins:
         self._model, self._twins, self._devices = shortcut.model, twins, devices
         self._ways = [shortcut.through(twin.model, learning=twin.learning) for twin in twins]
 
-    def logits(self, block: int, hidden: Tensor, inputs: Mapping[str, Any], *others: Any, **options: Any) -> Tensor:
+    def logits(
+        self, block: int, hidden: Tensor, inputs: Mapping[str, Any], trail: Trail, *others: Any, **options: Any
+    ) -> Tensor:
         """Run a block's twin from the end of the block on; see `Shortcut.logits`."""
         twin, device = self._twins[block].model, self._devices[block]
+        # In place, so that the next block has them from here: from where they began, that device would wait.
+        trail.ends.update({layer: sent(end, device) for layer, end in trail.ends.items()})
         if twin.training != self._model.training:
             twin.train(self._model.training)
         sent_here = {name: sent(value, device) for name, value in inputs.items() if isinstance(value, Tensor)}
         here = {**inputs, **sent_here}
         with Shadows(pairs_of(here, inputs)):
-            return self._ways[block].logits(block, hidden, here, *others, **options)
+            return self._ways[block].logits(block, hidden, here, trail, *others, **options)
 
     def lent(self, block: int, *, head_only: bool = False) -> AbstractContextManager[None]:
         """Leave the running statistics of a twin alone, and with `head_only` the block's own parameters in it."""
