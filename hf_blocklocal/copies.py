@@ -110,6 +110,11 @@ class Copies:
         self._exchange: Exchange | None = None
         self._step = -1
 
+    @property
+    def most_under_way(self) -> int:
+        """How often weights may have set out that are not yet in use, if those who borrow are not behind."""
+        return 2 + (self.lag // self.every if self.every > 0 else 0)
+
     def of_block(self, block: int, exchange: Exchange) -> None:
         """Keep only what the head of one block borrows, and get it from elsewhere from now on.
 

@@ -93,12 +93,22 @@ def test_every_group_in_which_gpus_meet_is_connected_at_the_start(alone, monkeyp
 def test_a_gpu_with_a_single_queue_is_refused(connections, monkeypatch):
     if connections is not None:
         monkeypatch.setenv("CUDA_DEVICE_MAX_CONNECTIONS", connections)
-    _check_queues(CPU)
+    _check_queues(CPU, 2)
     if connections != "1":
-        _check_queues(torch.device("cuda", 0))
+        _check_queues(torch.device("cuda", 0), 2)
         return
     with pytest.raises(UnsupportedSettingError, match="CUDA_DEVICE_MAX_CONNECTIONS=1 and a block per process exclude"):
-        _check_queues(torch.device("cuda", 0))
+        _check_queues(torch.device("cuda", 0), 2)
+
+
+@pytest.mark.parametrize(("blocks", "connections", "warned"), [(2, None, 0), (3, None, 1), (3, "8", 1), (3, "32", 0)])
+def test_more_streams_than_queues_are_warned_of(blocks, connections, warned, monkeypatch, caplog):
+    monkeypatch.setattr(dist, "get_backend", lambda: "nccl")
+    if connections is not None:
+        monkeypatch.setenv("CUDA_DEVICE_MAX_CONNECTIONS", connections)
+    _check_queues(torch.device("cuda", 0), blocks)
+    assert len(caplog.records) == warned
+    assert all("CUDA_DEVICE_MAX_CONNECTIONS=32" in record.message for record in caplog.records)
 
 
 def test_trainers_of_one_process_do_not_hear_each_others_failures(alone):

@@ -7,6 +7,7 @@ blocks. A chain is consecutive ranks, so that its messages stay within a machine
 from __future__ import annotations
 
 import atexit
+import logging
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -26,9 +27,10 @@ from hf_blocklocal.parallel.clocks import ahead_by, ask_time, tell_time
 from hf_blocklocal.parallel.machines import check_reachable, machines_of_all, names_of
 from hf_blocklocal.parallel.meetings import Meetings
 from hf_blocklocal.parallel.peers import Peers
-from hf_blocklocal.parallel.stream import Inbox, Link, Outbox
+from hf_blocklocal.parallel.stream import DEPTH, Inbox, Link, Outbox
 
 
+logger = logging.getLogger(__name__)
 # Between two runs nobody sends for as long as a user likes; who is lost is found out otherwise.
 _PATIENCE = timedelta(days=7)
 # Numbers that NCCL sends as it sends large tensors.
@@ -114,11 +116,14 @@ class Chain:
         """Return beginning and end of the last times that this process has waited for another, by its clock."""
         return [wait for box in self._boxes for wait in box.waits]
 
-    def connect(self, ways: Sequence[tuple[int, int]]) -> tuple[dict[int, Outbox], dict[int, Inbox]]:
+    def connect(
+        self, ways: Sequence[tuple[int, int]], *, depth: int = DEPTH
+    ) -> tuple[dict[int, Outbox], dict[int, Inbox]]:
         """Make one-way streams between blocks, the same ones in every chain. All processes must call it together.
 
         Args:
             ways: The block that sends, and the one that receives.
+            depth: Messages that may wait on either side.
 
         Returns:
             The streams that begin in this process, by the block that they lead to, and those that end in it, by the
@@ -135,12 +140,12 @@ class Chain:
                 if first == self.first_rank and self.block == sender:
                     rank = first + receiver
                     link = Link(rank, headers, payload, self.device)
-                    outboxes[receiver] = Outbox(link, partial(self._watch, rank))
+                    outboxes[receiver] = Outbox(link, partial(self._watch, rank), depth)
                     self.together(link.greet)
                 elif first == self.first_rank and self.block == receiver:
                     rank = first + sender
                     link = Link(rank, headers, payload, self.device)
-                    inboxes[sender] = Inbox(link, partial(self._watch, rank))
+                    inboxes[sender] = Inbox(link, partial(self._watch, rank), depth)
                     self.together(link.be_greeted)
         self._outboxes += outboxes.values()
         self._inboxes += inboxes.values()
@@ -271,7 +276,7 @@ def form_chains(num_blocks: int, device: torch.device, *, peer_timeout: float) -
     store = dist.PrefixStore(f"hf_blocklocal/{next(_NUMBERS)}", dist.distributed_c10d._get_default_store().clone())
     names = names_of(machines_of_all(store), num_blocks)
     check_reachable()
-    _check_queues(device)
+    _check_queues(device, num_blocks)
     mesh = init_device_mesh(device.type, (world // num_blocks, num_blocks), mesh_dim_names=("replica", "block"))
     peers = Peers(store, rank=rank, names=names, timeout=peer_timeout)
     chain = Chain(
@@ -305,20 +310,34 @@ def _connect(groups: Sequence[dist.ProcessGroup], device: torch.device) -> None:
         dist.all_reduce(torch.zeros(1, device=device), group=group)
         if dist.get_backend(group) != "gloo":
             large = torch.zeros(dist.get_world_size(group), _LARGE, device=device)
+            dist.broadcast(large, group=group, group_src=0)
             dist.all_reduce(large, group=group)
             dist.all_gather_into_tensor(large, large[0].clone(), group=group)
 
 
-def _check_queues(device: torch.device) -> None:
+def _check_queues(device: torch.device, num_blocks: int) -> None:
     """Refuse a GPU with a single queue, in which a message would stand behind an average that waits for it.
+
+    Messages up, weights down and averages have a stream each, and NCCL one more. With three blocks and more those can
+    be more than the eight queues that CUDA has if nothing is said, so that some would share one: a warning says so.
 
     Raises:
         UnsupportedSettingError: If the environment asks for one.
     """
-    if device.type == "cuda" and os.environ.get("CUDA_DEVICE_MAX_CONNECTIONS") == "1":
+    queues = os.environ.get("CUDA_DEVICE_MAX_CONNECTIONS")
+    if device.type != "cuda":
+        return
+    if num_blocks > 2 and dist.get_backend() == "nccl" and queues in (None, "8"):
+        logger.warning(
+            "With %d blocks, a GPU may have more streams than its %s queues, and a message that shares a queue waits "
+            "for what is before it. Start with CUDA_DEVICE_MAX_CONNECTIONS=32 in the environment.",
+            num_blocks,
+            queues or "8",
+        )
+    if queues == "1":
         raise UnsupportedSettingError(
             "CUDA_DEVICE_MAX_CONNECTIONS=1 and a block per process exclude each other: messages travel while a block "
-            "computes, which takes a queue of their own on the GPU. Unset it, or set it to 8, which is CUDA's default."
+            "computes, which takes a queue of their own on the GPU. Set it to 32, or with two blocks leave it out."
         )
 
 

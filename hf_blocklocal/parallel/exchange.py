@@ -25,6 +25,7 @@ class WeightExchange:
         weights: Parameters and running statistics of the model by name.
         lent: For each block but the last, the names of those that its head borrows.
         owners: The block that owns each of them.
+        most_under_way: How often weights may have set out that are not yet in use.
     """
 
     def __init__(
@@ -33,6 +34,8 @@ class WeightExchange:
         weights: Mapping[str, Tensor],
         lent: Sequence[set[str]],
         owners: Mapping[str, int],
+        *,
+        most_under_way: int,
     ) -> None:
         self._chain = chain
         self._weights = weights
@@ -42,7 +45,7 @@ class WeightExchange:
             for owner in range(borrower + 1, chain.num_blocks)
             if (names := sorted(name for name in wanted if owners[name] == owner))
         }
-        outboxes, inboxes = chain.connect(list(ways))
+        outboxes, inboxes = chain.connect(list(ways), depth=most_under_way)
         self._lending = [(outbox, ways[chain.block, block]) for block, outbox in outboxes.items()]
         self._borrowing = [(inbox, ways[block, chain.block]) for block, inbox in inboxes.items()]
 

@@ -88,7 +88,8 @@ class Stationing:
         copies = assembly.copies
         if copies is not None:
             statistics = {name: assembly.owners[parameter] for name, parameter in copies.beside.items()}
-            exchange = WeightExchange(chain, copies.live, copies.lent, {**assembly.owners, **statistics})
+            owners, most = {**assembly.owners, **statistics}, copies.most_under_way
+            exchange = WeightExchange(chain, copies.live, copies.lent, owners, most_under_way=most)
             copies.of_block(chain.block, exchange)
         heads = [p for block, head in enumerate(assembly.heads) if block != chain.block for p in head.parameters()]
         let_go_([*gone.values(), *heads])

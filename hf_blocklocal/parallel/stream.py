@@ -107,12 +107,12 @@ class _Worker:
     thread of its was still listening, would be cut off in the middle of it.
     """
 
-    def __init__(self, link: Link, watch: Callable[[BaseException | None], None]) -> None:
+    def __init__(self, link: Link, watch: Callable[[BaseException | None], None], depth: int = DEPTH) -> None:
         self.link = link
         self._watch = watch
         self.waited = 0.0
         self.waits: deque[tuple[float, float]] = deque(maxlen=_REMEMBERED)
-        self._queue: queue.Queue[Any] = queue.Queue(DEPTH)
+        self._queue: queue.Queue[Any] = queue.Queue(depth)
         self._apart = queue_apart(link.device)
         self.error: BaseException | None = None
         self._thread: threading.Thread | None = None
@@ -159,10 +159,11 @@ class Outbox(_Worker):
         link: The way there.
         watch: Called now and then while there is nothing to do but wait, with an error of the thread if it has one;
             raises where waiting is in vain.
+        depth: Messages that may wait on this side.
     """
 
     def send(self, facts: Mapping[str, Any], value: Any) -> None:
-        """Send a message, and return at once unless `DEPTH` others are waiting.
+        """Send a message, and return at once unless as many others are waiting as may.
 
         The tensors in it must not be changed afterwards.
         """
@@ -219,10 +220,11 @@ class Inbox(_Worker):
     Args:
         link: The way they come.
         watch: As of an `Outbox`.
+        depth: As of an `Outbox`.
     """
 
-    def __init__(self, link: Link, watch: Callable[[BaseException | None], None]) -> None:
-        super().__init__(link, watch)
+    def __init__(self, link: Link, watch: Callable[[BaseException | None], None], depth: int = DEPTH) -> None:
+        super().__init__(link, watch, depth)
         self._closing = threading.Event()
         self._missed = False
 
