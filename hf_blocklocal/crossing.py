@@ -83,6 +83,19 @@ def queue_apart(device: torch.device) -> torch.cuda.Stream | None:
     return torch.cuda.Stream(device) if device.type == "cuda" else None
 
 
+def turn_to(device: torch.device) -> torch.device | None:
+    """Let kernels that ask for the current GPU, as Triton's do, run on this one.
+
+    Returns:
+        The one that was current; None elsewhere than on a GPU.
+    """
+    if device.type != "cuda":
+        return None
+    before = torch.device("cuda", torch.cuda.current_device())
+    torch.cuda.set_device(device)
+    return before
+
+
 @contextmanager
 def working_in(queue: torch.cuda.Stream | None) -> Iterator[None]:
     """Let this thread hand its work to a queue inside the `with`, if there is one."""

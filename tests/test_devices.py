@@ -16,8 +16,9 @@ from stepping import stepped
 from zoo import SPECIMENS as ZOO
 
 from hf_blocklocal import BlockLocalConfig, assemble, truncate
-from hf_blocklocal.crossing import sent, set_out
+from hf_blocklocal.crossing import sent, set_out, turn_to
 from hf_blocklocal.defaults import settled
+from hf_blocklocal.devices import hosting
 from hf_blocklocal.devices.copying import CopiesOnDevices, Pool
 from hf_blocklocal.devices.hosting import LABELS
 from hf_blocklocal.devices.spreading import Spread, gather_
@@ -121,6 +122,26 @@ def between_devices(copies):
 def run(case, *, apart):
     name, options = CASES[case]
     return Run(name, options, apart=apart)
+
+
+def test_kernels_that_ask_for_the_current_device_run_where_the_block_is(monkeypatch):
+    turned, came_from = [], 7
+    monkeypatch.setattr(hosting, "turn_to", lambda to: turned.append(to.index) or device(came_from))
+    Run("bert", {"head_layers": 0}, apart=True)
+    assert turned.pop() == came_from
+    order = turned[-turned[::-1].index(came_from) :]  # of the last forward pass
+    assert order == sorted(order)
+    assert set(order) == {0, 1, 2}
+
+
+@pytest.mark.parametrize(("kind", "asked"), [("cuda", [1]), ("cpu", [])])
+def test_only_a_gpu_can_be_turned_to(kind, asked, monkeypatch):
+    set_to = []
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda to: set_to.append(to.index))
+    before = turn_to(torch.device(kind, 1))
+    assert set_to == asked
+    assert before == (torch.device("cuda", 0) if asked else None)
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from hf_blocklocal.blocks import Cut
-from hf_blocklocal.crossing import sent
+from hf_blocklocal.crossing import sent, turn_to
 from hf_blocklocal.devices.shadows import Shadows, pairs_of
 from hf_blocklocal.signals import given_hidden, map_tensors
 from hf_blocklocal.trace import evaluation_mode
@@ -89,6 +89,7 @@ class Hosting:
         self._in_memory: list[tuple[Tensor, Tensor]] = []
         self._shadows: Shadows | None = None
         self._is_running = False
+        self._came_from: torch.device | None = None
         self._outside = ExitStack()
         self._handles: list[RemovableHandle] = []
         self._attach(model, cut)
@@ -135,6 +136,7 @@ class Hosting:
         self._block, self._is_running = 0, True
         self._sides.clear()
         self._outside.close()  # of a pass that has failed
+        self._came_from = turn_to(self._devices[0])
         args, kwargs = _on(self._devices[0], args), self.placed(kwargs)
         self._shadows = Shadows(self._in_memory) if self._in_memory else None
         self._shadow()
@@ -153,12 +155,15 @@ class Hosting:
         self._sides.clear()
         self._outside.close()
         self._shadows = None
+        if self._came_from is not None:
+            turn_to(self._came_from)
 
     def _enter_layer(
         self, spot: _Spot, _layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[Any, Any]:
         device = self._devices[spot.block]
         self._block = spot.block
+        turn_to(device)
         self._outside.close()  # layers look at no inputs, and are quicker without
         if spot.begins_block:
             self._sides.carry(spot.stack, device)
@@ -181,6 +186,7 @@ class Hosting:
 
     def _enter_part(self, _part: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
         device = self._devices[self._block]
+        turn_to(device)
         return _on(device, args), _all_but_labels(kwargs, lambda tensor: sent(tensor, device))
 
     def _take_replicas(self, module: nn.Module, _args: tuple[Any, ...]) -> None:
