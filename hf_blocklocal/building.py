@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import nn
 
 from hf_blocklocal.anatomy import is_encoder_decoder, target_embedding
@@ -22,6 +24,12 @@ from hf_blocklocal.replay import Replay
 from hf_blocklocal.shortcut import Shortcut
 from hf_blocklocal.targets import choose_alignment
 from hf_blocklocal.trace import Trace, evaluation_mode
+
+
+logger = logging.getLogger(__name__)
+
+_COARSE = (torch.bfloat16, torch.float16)
+_FINE_ENOUGH = 0.5
 
 
 def build_heads(
@@ -189,12 +197,28 @@ def build_copies(
                 f"{type(model).__name__} use nothing, with head_layers={config.head_layers}. Leave it out."
             )
         return None
+    warn_of_coarse_averages(model, lent, decay)
     of_all = config.block_parallel_size == 1
     if shortcut is None:
         return Copies(model, lent, every=every, lag=lag, decay=decay, of_all=of_all)
     learns = shortcut.taught_weights(lent) if config.head_copies == "trained" else ()
     shortcut.copies = Copies(model, lent, every=every, lag=lag, decay=decay, learns=learns, of_all=of_all)
     return shortcut.copies
+
+
+def warn_of_coarse_averages(model: nn.Module, lent: Sequence[set[str]], decay: float) -> None:
+    """Say where copies move by steps that their numbers are too coarse for."""
+    names = set().union(*lent)
+    coarse = {str(p.dtype) for name, p in model.named_parameters() if name in names and p.dtype in _COARSE}
+    if coarse and decay > _FINE_ENOUGH:
+        logger.warning(
+            "head_refresh_decay=%s moves copies by a small part of what has changed, and in %s much of that is rounded "
+            "away: at 0.9 they can miss half of it, at 0.99 all. Keep the weights in float32, with bf16=True for "
+            "mixed precision, or use a decay of at most %s.",
+            decay,
+            " and ".join(sorted(coarse)),
+            _FINE_ENOUGH,
+        )
 
 
 def lend_to_train_(heads: Sequence[FeedbackHead], copies: Copies) -> None:

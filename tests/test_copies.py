@@ -272,6 +272,30 @@ def test_copies_of_nothing_are_refused(setting):
         assemble(specimen.build(), BlockLocalConfig(head_layers=0, **setting), specimen.batch(0))
 
 
+@pytest.mark.parametrize(
+    ("dtype", "decay", "warned"), [("bfloat16", 0.9, 1), ("bfloat16", 0.5, 0), ("float32", 0.9, 0)]
+)
+def test_averages_that_are_rounded_away_are_warned_of(dtype, decay, warned, caplog):
+    model, batch = SPECIMENS["bert"].build().to(getattr(torch, dtype)), SPECIMENS["bert"].batch(0)
+    assemble(model, BlockLocalConfig(head_layers=1, head_refresh_steps=2, head_refresh_decay=decay), batch)
+    told = [record.message for record in caplog.records if "rounded away" in record.message]
+    assert len(told) == warned
+
+
+@pytest.mark.parametrize(("decay", "followed"), [(0.5, 0.9), (0.9, 0.6)])
+def test_copies_in_bfloat16_follow_as_far_as_the_warning_says(decay, followed):
+    torch.manual_seed(0)
+    model = torch.nn.Linear(100, 100).bfloat16()
+    copies = Copies(model, [{"weight"}], every=1, decay=decay)
+    copies.advance_(0)
+    before, target = model.weight.detach().float(), (model.weight.detach().float() * 1.05).bfloat16()
+    model.weight.data.copy_(target)
+    for step in range(1, 400):
+        copies.advance_(step)
+    moved = (copies[model.weight].float() - before).abs().sum() / (target.float() - before).abs().sum()
+    assert (moved > followed) == (decay == 0.5)
+
+
 def test_heads_of_their_own_over_a_vocabulary_can_have_a_copy_of_the_target_embedding():
     specimen = SPECIMENS["llama"]
     model, batch = specimen.build(), specimen.batch(0)
