@@ -213,8 +213,8 @@ def warn_of_coarse_averages(model: nn.Module, lent: Sequence[set[str]], decay: f
     if coarse and decay > _FINE_ENOUGH:
         logger.warning(
             "head_refresh_decay=%s moves copies by a small part of what has changed, and in %s much of that is "
-            "rounded away: at 0.9 they can miss half of it, at 0.99 all. Keep the weights in float32, with bf16=True for "
-            "mixed precision, or use a decay of at most %s.",
+            "rounded away: at 0.9 they can miss half of it, at 0.99 all. Keep the weights in float32, "
+            "with bf16=True for mixed precision, or use a decay of at most %s.",
             decay,
             " and ".join(sorted(coarse)),
             _FINE_ENOUGH,
