@@ -12,6 +12,10 @@ from typing import Any, Literal
 
 LORA = {"r": 8, "lora_alpha": 16, "lora_dropout": 0.0}
 
+# With all layers above, live and over the whole vocabulary, a head has the gradient of backpropagation.
+EVERYTHING = {"head_layers": 1000, "negatives": None}
+LENS = {"head_layers": 0, "head_lens": True}
+
 Method = Literal["start", "backpropagation", "freeze", "lora", "local", "reference"]
 
 
@@ -25,12 +29,15 @@ class Row:
             adapters; `BlockLocalTrainer`; or a method that trains no transformer.
         block_local: Fields of `BlockLocalConfig`; with `preset`, on top of that preset.
         in_processes: Whether heads borrow as they do where every block has a process of its own.
+        lowest_rate: Learning rate of the lowest block, as a share of the last one's; in between it rises evenly, by
+            `block_lr_decay`.
     """
 
     name: str
     method: Method
     block_local: Mapping[str, Any] = field(default_factory=dict)
     in_processes: bool = False
+    lowest_rate: float = 1.0
 
     @property
     def depends_on_blocks(self) -> bool:
@@ -86,6 +93,8 @@ class Row:
         from hf_blocklocal import BlockLocalConfig
 
         given = {"num_blocks": num_blocks, "evaluate_blocks": False, **self.block_local}
+        if self.lowest_rate < 1:
+            given["block_lr_decay"] = round(self.lowest_rate ** (1 / (num_blocks - 1)), 3)
         preset = given.pop("preset", None)
         return BlockLocalConfig.from_dict(given) if preset is None else BlockLocalConfig.from_preset(preset, **given)
 
@@ -106,6 +115,10 @@ CANDIDATES = [
     Row("head_layers=1", "local", {"head_layers": 1}),
     Row("head_layers=2", "local", {"head_layers": 2}),
     Row("default in several processes", "local", in_processes=True),
+    Row("backpropagation, half the rate below", "local", EVERYTHING, lowest_rate=0.5),
+    Row("default in several processes, half the rate below", "local", in_processes=True, lowest_rate=0.5),
+    Row("lens in several processes", "local", LENS, in_processes=True),
+    Row("lens in several processes, half the rate below", "local", LENS, in_processes=True, lowest_rate=0.5),
     Row("frozen copies in several processes", "local", {"head_copies": "frozen"}, in_processes=True),
     Row("default, polished", "local", {"polish": 0.2}),
     Row("straight through", "local", {"head_bypass": "straight_through"}),
