@@ -185,6 +185,8 @@ def target_embedding(model: nn.Module) -> Tensor:
 
 def input_embedding(model: nn.Module) -> nn.Module | None:
     """Return the module that turns token ids into vectors, None for models of images and sound."""
+    if not hasattr(model, "get_input_embeddings"):  # no model of transformers
+        return None
     try:
         embedding = model.get_input_embeddings()
     except NotImplementedError:

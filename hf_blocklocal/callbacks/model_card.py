@@ -10,6 +10,7 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
+from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from hf_blocklocal.callbacks.history import HistoryCallback
@@ -158,7 +159,7 @@ class ModelCardCallback(TrainerCallback):
             steps_of_session=(self._first_step, state.global_step),
             times=tuple({row.process: row for row in rows if isinstance(row, StepTime)}.values()),
             peaks=tuple({(row.process, row.device): row for row in rows if isinstance(row, Memory)}.values()),
-            base_model=base_model_of(getattr(model.config, "_name_or_path", None), self.base_model),
+            base_model=base_model_of(_loaded_from(model), self.base_model),
             data=data_of(trainer.train_dataset, trainer.eval_dataset, stated=self.data),
             arguments=changed_arguments(args),
             block_local=_changed(trainer.block_local),
@@ -194,6 +195,11 @@ class ModelCardCallback(TrainerCallback):
         if self.example is None and mask and type(self.trainer.model).__name__.endswith("ForMaskedLM"):
             return json.dumps(f"Every block learns from a {mask} of its own.")
         return None if self.example is None else json.dumps(self.example, ensure_ascii=False)
+
+
+def _loaded_from(model: nn.Module) -> str | None:
+    """Return what `from_pretrained` was given; a model need not have a configuration that says so."""
+    return getattr(getattr(model, "config", None), "_name_or_path", None)
 
 
 def changed_arguments(args: TrainingArguments) -> dict[str, Any]:

@@ -31,6 +31,7 @@ from hf_blocklocal.settings import check_arguments, check_launcher, check_loss_s
 from hf_blocklocal.step import StepReport
 from hf_blocklocal.trainer.cards import WritesCards
 from hf_blocklocal.trainer.evaluating import EvaluatesBlocks
+from hf_blocklocal.trainer.overriding import ChecksOverrides
 from hf_blocklocal.trainer.pushing import PushesRuns
 from hf_blocklocal.trainer.saving import SavesBlocks
 from hf_blocklocal.trainer.scaling import ScalesBlocks
@@ -39,7 +40,7 @@ from hf_blocklocal.trainer.scaling import ScalesBlocks
 logger = logging.getLogger(__name__)
 
 
-class BlockLocalMixin(EvaluatesBlocks, SavesBlocks, PushesRuns, ScalesBlocks, WritesCards):
+class BlockLocalMixin(ChecksOverrides, EvaluatesBlocks, SavesBlocks, PushesRuns, ScalesBlocks, WritesCards):
     """What makes a block-local trainer of any `Trainer` whose loss comes from `compute_loss` and labels.
 
     Put it first: `class MyTrainer(BlockLocalMixin, SFTTrainer)`. The trainer's own `compute_loss` teaches the last
@@ -86,12 +87,8 @@ class BlockLocalMixin(EvaluatesBlocks, SavesBlocks, PushesRuns, ScalesBlocks, Wr
                     self.model, self.block_local, batch, label_smoothing=smoothing, seed=self.args.seed
                 )
             if assembly.task is not None:
-                check_loss_settings(
-                    assembly.task,
-                    self.block_local,
-                    label_smoothing=smoothing,
-                    custom_loss=self.compute_loss_func is not None,
-                )
+                custom = self.compute_loss_func is not None
+                check_loss_settings(assembly.task, self.block_local, label_smoothing=smoothing, custom_loss=custom)
             self._assembly, self._anchor = assembly, None
             logger.info("Blocks of %s:\n%s", type(self.model).__name__, assembly.describe())
         return self._assembly
@@ -187,6 +184,7 @@ class BlockLocalMixin(EvaluatesBlocks, SavesBlocks, PushesRuns, ScalesBlocks, Wr
             The loss of the last block that is here, detached.
         """
         with self._session():
+            self._check_overrides()
             return self._training_step(model, inputs, num_items_in_batch)
 
     def _training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any) -> Tensor:

@@ -1,0 +1,93 @@
+"""What a subclass of the trainer may replace, and what is said where its own method leaves out what it replaces."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from hf_blocklocal.errors import UnsupportedSettingError
+from hf_blocklocal.trainer.spreading import SpreadsBlocks
+
+
+logger = logging.getLogger(__name__)
+
+
+class ChecksOverrides(SpreadsBlocks):
+    """Looks, once a run, whether blocks are taught and heads are optimized."""
+
+    _has_taught = False
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Say what a loss of the subclass teaches, and what is behind an error of its own training step."""
+        self._has_taught = False
+        if self.block_local.num_blocks > 1 and self._overrides("compute_loss"):
+            logger.warning(
+                "%s.compute_loss teaches the last block alone; the heads of the others learn to predict the labels by "
+                "a loss of their own. A compute_loss_func teaches them too, where a sample has one target.",
+                type(self).__name__,
+            )
+        try:
+            return super().train(*args, **kwargs)
+        except RuntimeError as error:
+            if not self._has_taught and self._overrides("training_step") and hasattr(error, "add_note"):
+                error.add_note(self._not_taught())
+            raise
+
+    def _overrides(self, name: str) -> bool:
+        """Tell whether a subclass replaces one of the trainer's methods."""
+        first = next(kind for kind in type(self).__mro__ if name in vars(kind))
+        house = [kind for kind in type(self).__mro__ if kind.__module__.startswith(f"{__package__.split('.')[0]}.")]
+        return type(self).__mro__.index(first) < type(self).__mro__.index(house[0])
+
+    def _check_overrides(self) -> None:
+        """Refuse an optimizer that leaves out the heads, or holds what is elsewhere; called by every training step.
+
+        Raises:
+            UnsupportedSettingError: If the optimizer of a subclass does.
+        """
+        if self._has_taught:
+            return
+        self._has_taught = True
+        if self.assembly.last == 0:
+            return
+        made_by = f"The optimizer that {type(self).__name__}.create_optimizer has made"
+        if self._chain is not None and not self._is_own_shard(self._inner_optimizer):
+            raise UnsupportedSettingError(
+                f"{made_by} holds parameters of all blocks, and with block_parallel_size above 1 this process has "
+                "those of one. Call super().create_optimizer() there, name the optimizer by optim, or pass "
+                "optimizer_cls_and_kwargs."
+            )
+        known = {id(parameter) for group in self._inner_optimizer.param_groups for parameter in group["params"]}
+        heads, originals = self.assembly.heads.named_parameters(), self.assembly.originals
+        left_out = [
+            f"heads.{name}"
+            for name, parameter in heads
+            if parameter.requires_grad
+            and not parameter.is_meta
+            and id(parameter) not in known
+            # A copy of a weight that is not optimized need not be either.
+            and (parameter not in originals or id(originals[parameter]) in known)
+        ]
+        if left_out:
+            raise UnsupportedSettingError(
+                f"{made_by} leaves out {len(left_out)} parameters of the heads that teach the blocks, such as "
+                f"{left_out[0]}. Call super().create_optimizer() there, or optimize "
+                "self.assembly.module.parameters(), which are those of the model and its heads."
+            )
+
+    def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
+        """Refuse to go on where no block has been taught.
+
+        Raises:
+            UnsupportedSettingError: If a training step of the subclass is in the place of the trainer's.
+        """
+        if self.block_local.num_blocks > 1 and not self._has_taught:
+            raise UnsupportedSettingError(self._not_taught())
+        super()._maybe_log_save_evaluate(*args, **kwargs)
+
+    def _not_taught(self) -> str:
+        return (
+            f"{type(self).__name__}.training_step has taught no block by its own loss: it does not call "
+            "super().training_step(model, inputs, num_items_in_batch), which runs the model once and teaches each "
+            "block where it ends. Call it, or use num_blocks=1."
+        )
