@@ -314,7 +314,7 @@ def assemble(
     targets = assembly.read_targets(inputs)
     if len(targets) > 0:
         assembly = replace(assembly, head_costs=head_costs(model, assembly.step, trace.costs, inputs, targets))
-    warn_of_heavy_heads(assembly.head_costs)
+    warn_of_heavy_heads(assembly.head_costs, config)
     return assembly
 
 

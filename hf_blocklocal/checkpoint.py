@@ -49,6 +49,24 @@ def load_heads_(heads: nn.Module, save_directory: str | os.PathLike[str], *, cut
             left as they were.
     """
     path = Path(save_directory) / HEADS_NAME
+    check_same_cut(save_directory, cut=cut)
+    if path.is_file():
+        tensors = load_file(path)
+        _check_tensors(path, tensors, heads.state_dict())
+        heads.load_state_dict(tensors)
+
+
+def check_same_cut(save_directory: str | os.PathLike[str], *, cut: Cut) -> None:
+    """Refuse heads of another cut, or none where there should be some.
+
+    Args:
+        save_directory: Folder with a `block_local_heads.safetensors`.
+        cut: How the model is cut now.
+
+    Raises:
+        HeadsMismatchError: If the file is missing, or was made for another cut.
+    """
+    path = Path(save_directory) / HEADS_NAME
     if not path.is_file():
         if cut.num_blocks == 1:  # also the plain Trainer's checkpoints
             return
@@ -65,9 +83,6 @@ def load_heads_(heads: nn.Module, save_directory: str | os.PathLike[str], *, cut
             f"{cut.num_blocks} blocks with boundaries {boundaries}. Use "
             f"BlockLocalConfig.from_pretrained({str(save_directory)!r}), or train on from the model weights alone."
         )
-    tensors = load_file(path)
-    _check_tensors(path, tensors, heads.state_dict())
-    heads.load_state_dict(tensors)
 
 
 def saved_boundaries(save_directory: str | os.PathLike[str]) -> tuple[int, ...] | None:

@@ -89,7 +89,7 @@ class BlockLocalConfig:
         25.0, "Seconds without a sign of life after which a process that holds another block counts as lost."
     )
     save_on_exit: bool = _help(
-        False, "Whether block-parallel training that is told to end, by Ctrl-C or SIGTERM, writes a checkpoint first."
+        False, "Whether training that is told to end, by Ctrl-C or SIGTERM, writes a checkpoint first."
     )
     layers: tuple[str, ...] | None = _help(
         None, "Dotted names of the lists of layers to cut, for models whose structure does not show them."

@@ -243,9 +243,11 @@ class Copies:
         path = Path(save_directory) / self.file_name
         if not path.is_file():
             raise CopiesMismatchError(
-                f"{save_directory} holds no {COPIES_NAME}: heads of that run borrowed no copies, or it was saved with "
-                "save_only_model=True. Resume without head_copies and head_refresh_steps, lag or decay, or train on "
-                "from the model weights alone."
+                f"{save_directory} holds no {COPIES_NAME}: heads of that run borrowed live layers, as they do by "
+                "default in one process, or it was saved with save_only_model=True. Blocks in several processes or on "
+                "several devices borrow copies: for a run that is to go on there, begin it with "
+                "head_copies='trained'. Else resume without head_copies and head_refresh_steps, lag or decay, or "
+                "train on from the model weights alone."
             )
         tensors = self._read(path)
         step, *schedule = tensors.pop("schedule").tolist()

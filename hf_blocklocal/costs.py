@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_blocklocal.anatomy import outputs_not_recorded
+from hf_blocklocal.config import BlockLocalConfig
 from hf_blocklocal.feedback import FeedbackHead
 from hf_blocklocal.operations import operation_counter
 from hf_blocklocal.step import LocalStep
@@ -84,13 +85,28 @@ def _once_per_step(head: FeedbackHead, targets: Targets) -> int:
     return counter.get_total_flops()
 
 
-def warn_of_heavy_heads(costs: Sequence[float]) -> None:
-    """Say which heads cost more than a tenth of their block."""
+def _lighter(config: BlockLocalConfig) -> str:
+    """Say what of a configuration would make heads lighter, beside another cut."""
+    if config.borrows and config.head_bypass == "straight_through":
+        return ", and so does head_bypass='skip'"
+    if config.head_layers:
+        return f", and so do fewer head_layers than {config.head_layers}"
+    return "" if config.borrows else f", and so does a latent_dim below {config.latent_dim}"
+
+
+def warn_of_heavy_heads(costs: Sequence[float], config: BlockLocalConfig) -> None:
+    """Say which heads cost more than a tenth of their block, and what would make them lighter.
+
+    Args:
+        costs: What `head_costs` has returned.
+        config: How the model is cut and taught, with nothing left open about its heads.
+    """
     heavy = [f"{block} ({cost:.0%})" for block, cost in enumerate(costs) if cost > LIGHT]
     if heavy:
         logger.warning(
-            "The heads of these blocks cost more than %.0f%% of the operations of their block: %s. Larger blocks, "
-            "fewer head_layers, head_bypass='skip' or a smaller latent_dim make them lighter.",
+            "The heads of these blocks cost more than %.0f%% of the operations of their block: %s. Fewer and larger "
+            "blocks make them lighter%s.",
             100 * LIGHT,
             ", ".join(heavy),
+            _lighter(config),
         )

@@ -32,6 +32,7 @@ REFRESH_STEPS = 10
 # Copies that learn keep half of what they have learned. Those of a decoder keep all: they have learned to do without
 # the layers between them, and what a refresh would bring has not.
 REFRESH_DECAY = 0.5
+_COPIES = ("head_copies", "head_refresh_steps", "head_refresh_lag", "head_refresh_decay")
 
 
 def default_head_layers(num_blocks: int, *, shortens_decoder: bool = False) -> int:
@@ -117,6 +118,25 @@ def _check_heads_of_one_kind(config: BlockLocalConfig) -> None:
             f"head_bypass='straight_through' and {asked}={getattr(config, asked)!r} exclude each other: one is "
             "for heads that borrow layers, the other asks for heads of their own. Leave one of the two out."
         )
+
+
+def borrowing_as(config: BlockLocalConfig, saved: BlockLocalConfig) -> BlockLocalConfig:
+    """Return a configuration whose heads borrow copies as those of an earlier run, in all that it leaves open.
+
+    Args:
+        config: What was asked for.
+        saved: The configuration of a checkpoint, with nothing left open.
+    """
+
+    def left_open(*names: str) -> list[str]:
+        return [name for name in names if getattr(config, name) == getattr(BlockLocalConfig, name)]
+
+    of_copies = left_open(*_COPIES)
+    if config.blocks_apart or saved.is_live or config.num_blocks != saved.num_blocks or len(of_copies) < len(_COPIES):
+        return config
+    return replace(
+        config, **{name: getattr(saved, name) for name in left_open(*_COPIES, "head_layers", "head_bypass")}
+    )
 
 
 def with_live_layers(config: BlockLocalConfig) -> BlockLocalConfig:

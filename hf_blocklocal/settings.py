@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import nn
 from transformers import TrainingArguments
 
 from hf_blocklocal.config import BlockLocalConfig
-from hf_blocklocal.errors import UnsupportedSettingError
+from hf_blocklocal.errors import ConfigError, UnsupportedSettingError
 from hf_blocklocal.targets import Task
 
 
@@ -199,6 +201,35 @@ def check_optimizer_not_given(given: bool) -> None:
         )
 
 
+def check_can_be_told_to_end(processes: int) -> None:
+    """Refuse to save at a signal where processes would stop at different steps.
+
+    Raises:
+        UnsupportedSettingError: If several processes have all blocks each.
+    """
+    if processes > 1:
+        raise UnsupportedSettingError(
+            f"save_on_exit=True and {processes} processes that have all blocks each exclude each other: told to end, "
+            "each would stop at a step of its own. Leave it out, or give every block a process (block_parallel_size)."
+        )
+
+
+def checked_config(given: Any) -> BlockLocalConfig:
+    """Return the configuration that a trainer was given, or the default one.
+
+    Raises:
+        ConfigError: If it is something else.
+    """
+    if given is None:
+        return BlockLocalConfig()
+    if not isinstance(given, BlockLocalConfig):
+        raise ConfigError(
+            f"block_local takes a BlockLocalConfig and was given a {type(given).__name__}: {given!r}. Write "
+            "block_local=BlockLocalConfig(num_blocks=3); BlockLocalConfig.from_dict makes one of plain values."
+        )
+    return given
+
+
 def check_placement(model: nn.Module, *, model_parallel: bool) -> None:
     """Refuse models that lie where nothing can follow.
 
@@ -207,8 +238,15 @@ def check_placement(model: nn.Module, *, model_parallel: bool) -> None:
         model_parallel: Whether it lies elsewhere than on the device of this process, and no layout says where.
 
     Raises:
-        UnsupportedSettingError: If the model was loaded tensor parallel, or onto another device.
+        UnsupportedSettingError: If the model was loaded tensor parallel, or onto another device, or has no weights.
     """
+    missing = [name for name, parameter in model.named_parameters() if parameter.is_meta]
+    if missing:
+        raise UnsupportedSettingError(
+            f"{len(missing)} parameters of {type(model).__name__}, such as {missing[0]}, hold no values (device "
+            "meta). A trainer with a block per process has let go of those of other blocks: load the model anew for "
+            "another trainer, or go on with the first one."
+        )
     if model_parallel or (getattr(model, "tp_size", None) or 1) > 1:
         raise UnsupportedSettingError(
             f"{type(model).__name__} lies on another device than this process computes on, or every layer on several "

@@ -56,7 +56,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--device-speed", type=float, nargs="+", help="TFLOP/s that it really does; one, or each")
     parser.add_argument("--reserve", type=float, default=0.1, help="share of the memory to keep free (default 0.1)")
     parser.add_argument("--batch-size", type=int, default=8, help="samples on a device at a time (default 8)")
-    parser.add_argument("--sequence-length", type=int, default=512, help="tokens in a sample (default 512)")
+    parser.add_argument(
+        "--sequence-length", type=int, help="tokens in a sample (default: 512, or as many as the model takes)"
+    )
     parser.add_argument("--task", help="such as causal-lm; default: what the config's architectures say")
     parser.add_argument(
         "--precision",
@@ -176,23 +178,39 @@ def measure(options: argparse.Namespace, config: Any) -> tuple[Any, Any, str]:
     model_config = read_config(options.model, values(options.set))
     task = options.task or task_of(model_config)
     config = settled(config, single_stack=not model_config.is_encoder_decoder)
+    length = sequence_length(options, model_config, task)
     dtype = torch.bfloat16 if options.precision == "bfloat16" else torch.float32
     with nullcontext() if options.with_weights else without_memory():
         model = build_model(model_config, task, dtype=dtype, with_weights=options.with_weights)
         setting = Setting(
-            build_inputs(model_config, task, Shape(options.batch_size, options.sequence_length)),
+            build_inputs(model_config, task, Shape(options.batch_size, length)),
             distinct=options.distinct_targets,
             autocast=torch.bfloat16 if options.precision == "bf16" else None,
             loss_traits=loss_traits(task),
         )
         costs = measure_costs(model, config, setting)
     parameters = sum(weight.parameters for weight in costs.weights.values())
+    shape = "" if task == "image-classification" else f" x {length}"
     what = f"{type(model).__name__}, {len(costs.layers)} layers, {parameters:,} parameters; batches of "
     return (
         costs,
         config,
-        what + f"{options.batch_size} x {options.sequence_length}, {options.precision}, {options.optim}.",
+        what + f"{options.batch_size}{shape}, {options.precision}, {options.optim}.",
     )
+
+
+def sequence_length(options: argparse.Namespace, model_config: Any, task: str) -> int:
+    """Return the tokens of a sample, no more than a model of sounds can write down."""
+    names = ("max_position_embeddings", "n_positions", "max_target_positions")
+    limits = [limit for name in names if isinstance(limit := getattr(model_config, name, None), int)]
+    if options.sequence_length is None:
+        return min([512, *limits])
+    if task == "speech-seq2seq" and options.sequence_length > min(limits, default=options.sequence_length):
+        raise SystemExit(
+            f"plan.py: {model_config.model_type} writes down at most {min(limits)} tokens, and --sequence-length is "
+            f"{options.sequence_length}. Leave it out, or give fewer."
+        )
+    return options.sequence_length
 
 
 if __name__ == "__main__":

@@ -83,7 +83,7 @@ def test_heavy_heads_are_named_once(caplog):
         assert " <1% " in assembly.describe()
         assembly, _ = assembled("bert", boundaries=(3,), head_layers=1)
     assert [record.getMessage()[:96] for record in caplog.records] == [
-        "The heads of these blocks cost more than 10% of the operations of their block: 0 (22%). Larger b"
+        "The heads of these blocks cost more than 10% of the operations of their block: 0 (22%). Fewer an"
     ]
     assert assembly.describe().splitlines()[1].split() == [
         *("0", "0-2", "8,784", "0", "22%"),

@@ -252,7 +252,8 @@ def test_after_the_best_model_is_loaded_heads_borrow_what_they_did_then(name, tm
 def test_a_run_without_copies_does_not_go_on_from_a_checkpoint_with_trained_ones(tmp_path):
     saving = {"save_strategy": "steps", "save_steps": 3}
     make("bert", tmp_path / "trained", config=BlockLocalConfig(num_blocks=2, **ALONE), **saving).train()
-    live = make("bert", tmp_path / "live", config=BlockLocalConfig(num_blocks=2), max_steps=6)
+    asked = BlockLocalConfig(num_blocks=2, head_refresh_steps=1)
+    live = make("bert", tmp_path / "live", config=asked, max_steps=6)
     before = snapshot(live)
     with pytest.raises(CopiesMismatchError, match="have trained copies .* Resume with head_copies='trained'"):
         live.train(resume_from_checkpoint=str(tmp_path / "trained" / "checkpoint-3"))
@@ -261,6 +262,20 @@ def test_a_run_without_copies_does_not_go_on_from_a_checkpoint_with_trained_ones
     make("bert", tmp_path / "frozen", config=frozen, **saving).train()
     live.train(resume_from_checkpoint=str(tmp_path / "frozen" / "checkpoint-3"))
     assert live.state.global_step == 6
+
+
+@pytest.mark.parametrize("name", ["bert", "t5"])
+@pytest.mark.parametrize("kind", ["trained", "frozen"])
+def test_a_run_that_says_nothing_of_copies_borrows_as_the_one_that_it_goes_on_from(name, kind, tmp_path):
+    # As block-parallel runs settle it, which one process goes on from.
+    copied = BlockLocalConfig(num_blocks=2, head_layers=1, head_bypass="skip", head_copies=kind, head_refresh_steps=2)
+    whole = make(name, tmp_path / "whole", config=copied, max_steps=6)
+    whole.train()
+    make(name, tmp_path / "half", config=copied, max_steps=6, save_strategy="steps", save_steps=3).train()
+    resumed = make(name, tmp_path / "resumed", config=BlockLocalConfig(num_blocks=2), max_steps=6)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "half" / "checkpoint-3"))
+    assert resumed.assembly.config.head_copies == kind
+    assert equal(snapshot(whole), snapshot(resumed))
 
 
 def test_a_card_says_that_heads_have_used_copies_of_their_own(tmp_path):

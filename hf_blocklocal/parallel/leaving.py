@@ -22,6 +22,40 @@ from hf_blocklocal.parallel.chain import Chain
 _MARGIN = 2
 
 
+class LeavingAlone:
+    """Takes SIGTERM and Ctrl-C while a single process trains, which is to write a checkpoint first.
+
+    A second signal is not waited for. Signals come to the main thread alone.
+    """
+
+    def __init__(self) -> None:
+        self._told = False
+        self._before: dict[int, Callable[..., Any] | int | None] = {}
+
+    @contextmanager
+    def in_run(self) -> Iterator[None]:
+        """Train inside the `with`."""
+        self._told = False
+        if threading.current_thread() is threading.main_thread():
+            self._before = {sign: signal.signal(sign, self._hear) for sign in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            yield
+        finally:
+            for sign, before in self._before.items():
+                signal.signal(sign, before)
+
+    def due(self, _step: int) -> bool:
+        """Tell whether the run is to end after the step under way."""
+        return self._told
+
+    def _hear(self, sign: int, _frame: FrameType | None) -> None:
+        if not self._told:
+            self._told = True
+            return
+        signal.signal(sign, self._before[sign])
+        signal.raise_signal(sign)
+
+
 class Leaving:
     """Takes SIGTERM, and where a checkpoint is to be saved Ctrl-C, while processes work together.
 

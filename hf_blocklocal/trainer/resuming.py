@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from pathlib import Path
 
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import get_last_checkpoint
 
+from hf_blocklocal.config import CONFIG_NAME, BlockLocalConfig
+from hf_blocklocal.defaults import borrowing_as
 from hf_blocklocal.errors import FetchError
 from hf_blocklocal.hub import fetch_checkpoint
 from hf_blocklocal.parallel.folders import check_checkpoint_everywhere, check_shared
 from hf_blocklocal.trainer.stationed import TakesStation
+
+
+logger = logging.getLogger(__name__)
 
 
 class FindsCheckpoints(TakesStation):
@@ -43,6 +49,22 @@ class FindsCheckpoints(TakesStation):
         if refusal is not None:
             raise refusal
         return True if source is True else folder
+
+    def _borrow_as_in(self, checkpoint: str | bool | None) -> None:
+        """Let heads borrow copies as in the run to go on with, if that had its blocks apart and nobody says how.
+
+        Args:
+            checkpoint: What `_checkpoint_here` has returned.
+        """
+        if not checkpoint or self.optimizer is not None:
+            return
+        folder = get_last_checkpoint(self.args.output_dir) if checkpoint is True else checkpoint
+        if folder is None or not (Path(folder) / CONFIG_NAME).is_file():
+            return
+        config = borrowing_as(self.block_local, BlockLocalConfig.from_pretrained(folder))
+        if config != self.block_local:
+            logger.info("Heads borrow copies as in the run of %s: %s", folder, config)
+            self.block_local, self._assembly = config, None
 
     def _check_best_can_be_loaded(self) -> None:
         """Refuse to load the best model from where some processes do not see it, before anything is trained."""

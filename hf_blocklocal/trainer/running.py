@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
 from typing import Any
@@ -16,6 +17,9 @@ from hf_blocklocal.parallel.pooling import sum_over_blocks
 from hf_blocklocal.trainer.resuming import FindsCheckpoints
 
 
+logger = logging.getLogger(__name__)
+
+
 class RunsApart(FindsCheckpoints):
     """Trains the block that is here, in step with the others."""
 
@@ -26,6 +30,7 @@ class RunsApart(FindsCheckpoints):
         with nullcontext() if self._leaving is None else self._leaving.in_run(), self._session():
             self._check_best_can_be_loaded()
             checkpoint = self._checkpoint_here(resume_from_checkpoint)
+            self._borrow_as_in(checkpoint)
             return self._as_one_process_says(super().train(checkpoint, *args, **kwargs))
 
     def _as_one_process_says(self, output: Any) -> Any:
@@ -165,6 +170,13 @@ class RunsApart(FindsCheckpoints):
             self._sharded.forget_gradients_()  # the parent has, of the parameters
         if self._leaving is not None and self._leaving.due(self.state.global_step):
             self.control.should_save = self.control.should_training_stop = True
+            if self.is_world_process_zero():
+                logger.warning(
+                    "Told to end: training stops after step %d of %d and writes a checkpoint. Go on with "
+                    "trainer.train(resume_from_checkpoint=True).",
+                    self.state.global_step,
+                    self.state.max_steps,
+                )
         if self.control.should_log or self.control.should_save:
             self._meet()
         super()._maybe_log_save_evaluate(*args, **kwargs)

@@ -11,7 +11,7 @@ from torch import nn
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 
 from hf_blocklocal.anchor import Anchor
-from hf_blocklocal.checkpoint import load_heads_, save_heads
+from hf_blocklocal.checkpoint import check_same_cut, load_heads_, save_heads
 from hf_blocklocal.copies import Copies, check_no_copies_are_left_out
 from hf_blocklocal.hub import fetch
 from hf_blocklocal.parallel.stationing import Whole
@@ -98,6 +98,7 @@ class SavesBlocks(SpreadsBlocks):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         """Load heads, anchor and copies before the model, so that a checkpoint of another cut changes nothing."""
+        check_same_cut(resume_from_checkpoint, cut=self.assembly.cut)
         if self.assembly.copies is None:
             check_no_copies_are_left_out(resume_from_checkpoint)
         for kept in self._keepsakes:

@@ -13,13 +13,14 @@ from transformers import Trainer
 
 from hf_blocklocal.errors import BlockLocalError
 from hf_blocklocal.parallel.chain import Chain, ReplicaMesh, form_chains
-from hf_blocklocal.parallel.leaving import Leaving
+from hf_blocklocal.parallel.leaving import Leaving, LeavingAlone
 from hf_blocklocal.parallel.sharding import ShardedLayers, part_like, whole_like
 from hf_blocklocal.parallel.shards import OptimizerShard, check_is_elementwise
 from hf_blocklocal.parallel.stationing import Stationing
 from hf_blocklocal.probe import random_state_kept
 from hf_blocklocal.settings import (
     check_block_parallel,
+    check_can_be_told_to_end,
     check_model_given,
     check_optimizer_not_given,
     check_outputs_of_all_layers,
@@ -32,13 +33,16 @@ class TakesStation(Trainer):
     _chain: Chain | None = None
     _stationing: Stationing | None = None
     _shard: OptimizerShard | None = None
-    _leaving: Leaving | None = None
+    _leaving: Leaving | LeavingAlone | None = None
     _sharded: ShardedLayers | None = None
 
     def create_accelerator_and_postprocess(self) -> None:
         """Put this process in its place, and let the processes of a chain read the same batches."""
         super().create_accelerator_and_postprocess()
         if self.block_local.block_parallel_size == 1:
+            if self.block_local.save_on_exit:
+                check_can_be_told_to_end(self.args.world_size)
+                self._leaving = LeavingAlone()
             return
         check_block_parallel(self.args, self.block_local)
         self._chain = form_chains(
@@ -104,6 +108,11 @@ class TakesStation(Trainer):
     def _sum_of_parts(self, values: Tensor) -> Tensor:
         """Return the sum over the processes that share out this block of what each says of its parts."""
         return values if self._sharded is None else self._sharded.sum(values)
+
+    @property
+    def _inner_optimizer(self) -> torch.optim.Optimizer:
+        """The optimizer itself, without accelerate's wrapper."""
+        return getattr(self.optimizer, "optimizer", self.optimizer)
 
     def _keep_own_shard(self, optimizer: torch.optim.Optimizer, *, given: bool) -> None:
         """Leave the optimizer only the parameters that this process trains."""

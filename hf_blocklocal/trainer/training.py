@@ -27,7 +27,13 @@ from hf_blocklocal.optim import add_heads_, check_steps_by_block
 from hf_blocklocal.polish import is_global
 from hf_blocklocal.probe import dataset_to_trace, first_batch, random_state_kept, with_own_generators
 from hf_blocklocal.scaling import custom_loss, loss_scale
-from hf_blocklocal.settings import check_arguments, check_launcher, check_loss_settings, check_placement
+from hf_blocklocal.settings import (
+    check_arguments,
+    check_launcher,
+    check_loss_settings,
+    check_placement,
+    checked_config,
+)
 from hf_blocklocal.step import StepReport
 from hf_blocklocal.trainer.cards import WritesCards
 from hf_blocklocal.trainer.evaluating import EvaluatesBlocks
@@ -57,7 +63,7 @@ class BlockLocalMixin(ChecksOverrides, EvaluatesBlocks, SavesBlocks, PushesRuns,
     """
 
     def __init__(self, *args: Any, block_local: BlockLocalConfig | None = None, **kwargs: Any) -> None:
-        self.block_local = BlockLocalConfig() if block_local is None else block_local
+        self.block_local = checked_config(block_local)
         self._assembly: Assembly | None = None
         self._anchor: Anchor | None = None
         self._scores: BlockScores | None = None
@@ -148,11 +154,6 @@ class BlockLocalMixin(ChecksOverrides, EvaluatesBlocks, SavesBlocks, PushesRuns,
         """Let copies that a head trains decay as the weights that they are copies of."""
         names = set(super().get_decay_parameter_names(model))
         return [name for name in sorted(names) if name_of_original(name) in names]
-
-    @property
-    def _inner_optimizer(self) -> torch.optim.Optimizer:
-        """The optimizer itself, without accelerate's wrapper."""
-        return getattr(self.optimizer, "optimizer", self.optimizer)
 
     def _wrap_model(self, model: nn.Module, training: bool = True, dataloader: Any = None) -> nn.Module:
         """Prepare the model for autocast and compilation, without DDP, and put the heads beside it."""

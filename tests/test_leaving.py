@@ -1,0 +1,59 @@
+"""A single process that is told to end writes a checkpoint first, and goes on from there to the bit."""
+
+from __future__ import annotations
+
+import signal
+
+import pytest
+from test_parity import equal
+from training import make, snapshot
+from transformers import TrainerCallback
+
+from hf_blocklocal import BlockLocalConfig
+from hf_blocklocal.errors import UnsupportedSettingError
+from hf_blocklocal.settings import check_can_be_told_to_end
+
+
+SAVING = BlockLocalConfig(num_blocks=2, save_on_exit=True)
+
+
+class Tell(TrainerCallback):
+    def __init__(self, sign, times=1):
+        self.sign, self.times = sign, times
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == 1:
+            for _ in range(self.times):
+                signal.raise_signal(self.sign)
+
+
+@pytest.mark.parametrize("sign", [signal.SIGTERM, signal.SIGINT])
+def test_a_run_that_is_told_to_end_is_resumed_to_the_bit(sign, tmp_path, caplog):
+    whole = make("bert", tmp_path / "whole", config=SAVING, max_steps=4)
+    whole.train()
+    before = signal.getsignal(sign)
+    told = make("bert", tmp_path / "told", config=SAVING, max_steps=4, callbacks=[Tell(sign)])
+    told.train()
+    assert signal.getsignal(sign) is before
+    assert told.state.global_step == 2
+    assert "Told to end: training stops after step 2 of 4" in caplog.text
+    resumed = make("bert", tmp_path / "told", config=SAVING, max_steps=4)
+    resumed.train(resume_from_checkpoint=True)
+    assert equal(snapshot(whole), snapshot(resumed))
+
+
+def test_who_asks_twice_is_not_kept_waiting(tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        make("bert", tmp_path, config=SAVING, callbacks=[Tell(signal.SIGINT, times=2)]).train()
+
+
+def test_without_being_asked_to_nothing_is_saved(tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        make("bert", tmp_path, callbacks=[Tell(signal.SIGINT)]).train()
+    assert not list(tmp_path.glob("checkpoint-*"))
+
+
+def test_processes_that_would_stop_at_different_steps_are_refused():
+    check_can_be_told_to_end(1)
+    with pytest.raises(UnsupportedSettingError, match="save_on_exit=True and 2 processes that have all blocks each"):
+        check_can_be_told_to_end(2)
