@@ -30,10 +30,17 @@ def with_tied_weights_settled_(model: nn.Module, config: BlockLocalConfig) -> Bl
     if policy == "auto":
         policy = "add"
         if config.blocks_apart:
-            policy = "untie" if untie_(model, asked=False) else "freeze"
+            policy = "freeze" if _is_frozen(model) or not untie_(model, asked=False) else "untie"
     elif policy == "untie":
         untie_(model, asked=True)
     return replace(config, tied_weights=policy) if config.tied_weights != policy else config
+
+
+def _is_frozen(model: nn.Module) -> bool:
+    """Tell whether the language-model head shares its weight and nobody trains it, as under adapters."""
+    source, head = input_embedding(model), output_embedding(model)
+    is_tied = source is not None and head is not None and source.weight is head.weight
+    return is_tied and not head.weight.requires_grad
 
 
 def untie_(model: nn.Module, *, asked: bool) -> bool:

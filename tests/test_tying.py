@@ -48,3 +48,12 @@ def test_a_head_that_is_all_that_was_shared_is_untied(borrow):
     assert assembled(model, "gpt2", block_parallel_size=2).config.tied_weights == "untie"
     assert model.lm_head.weight is not model.transformer.wte.weight
     assert model.transformer.wte.weight.requires_grad
+
+
+def test_a_weight_that_nobody_trains_stays_tied(borrow, caplog):
+    model = borrow("gpt2")
+    model.lm_head.weight.requires_grad_(False)
+    assert assembled(model, "gpt2", block_parallel_size=2).config.tied_weights == "freeze"
+    assert model.lm_head.weight is model.transformer.wte.weight
+    assert "untied" not in caplog.text
+    assert "frozen" not in caplog.text

@@ -257,7 +257,8 @@ class Stationing:
             raise BatchMismatchError(
                 f"Block {self._chain.block} has read {mine}, and block {self._chain.block - 1} sent what it made of "
                 f"{theirs}. All processes of a chain must read the same batches in the same order: seed whatever is "
-                "random in data set, sampler and collator, and let none of it depend on the rank."
+                "random in data set, sampler and collator, let none of it depend on the rank, and run the model once "
+                "for a batch."
             )
         return message.value
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import shutil
+import warnings
 from collections import ChainMap
-from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 from torch import Tensor
 from transformers.trainer import OPTIMIZER_NAME
@@ -23,6 +25,26 @@ from hf_blocklocal.trainer.stationed import TakesStation
 
 class KeepsApart(TakesStation):
     """Brings together what belongs into a checkpoint."""
+
+    def _load_from_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        """Read the weights of the block that is here."""
+        with self._others_left_out():
+            super()._load_from_checkpoint(*args, **kwargs)
+
+    def _load_best_model(self) -> None:
+        """Read the weights of the block that is here."""
+        with self._others_left_out():
+            super()._load_best_model()
+
+    @contextmanager
+    def _others_left_out(self) -> Iterator[None]:
+        """Read checkpoints inside the `with` without a warning for each weight that is not here."""
+        with warnings.catch_warnings():
+            if self._chain is not None:
+                warnings.filterwarnings(
+                    "ignore", "for .*: copying from a non-meta parameter in the checkpoint to a meta"
+                )
+            yield
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Let all processes take part."""
