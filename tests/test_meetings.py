@@ -11,9 +11,10 @@ import torch
 import torch.distributed as dist
 
 from hf_blocklocal.errors import BlockPeerError, UnsupportedSettingError
-from hf_blocklocal.parallel.chain import _check_queues, form_chains
+from hf_blocklocal.parallel.chain import form_chains
 from hf_blocklocal.parallel.leaving import Leaving
 from hf_blocklocal.parallel.meetings import Meetings
+from hf_blocklocal.parallel.queues import check_queues
 
 
 CPU = torch.device("cpu")
@@ -93,12 +94,12 @@ def test_every_group_in_which_gpus_meet_is_connected_at_the_start(alone, monkeyp
 def test_a_gpu_with_a_single_queue_is_refused(connections, monkeypatch):
     if connections is not None:
         monkeypatch.setenv("CUDA_DEVICE_MAX_CONNECTIONS", connections)
-    _check_queues(CPU, 2)
+    check_queues(CPU, 2)
     if connections != "1":
-        _check_queues(torch.device("cuda", 0), 2)
+        check_queues(torch.device("cuda", 0), 2)
         return
     with pytest.raises(UnsupportedSettingError, match="CUDA_DEVICE_MAX_CONNECTIONS=1 and a block per process exclude"):
-        _check_queues(torch.device("cuda", 0), 2)
+        check_queues(torch.device("cuda", 0), 2)
 
 
 @pytest.mark.parametrize(("blocks", "connections", "warned"), [(2, None, 0), (3, None, 1), (3, "8", 1), (3, "32", 0)])
@@ -106,7 +107,7 @@ def test_more_streams_than_queues_are_warned_of(blocks, connections, warned, mon
     monkeypatch.setattr(dist, "get_backend", lambda: "nccl")
     if connections is not None:
         monkeypatch.setenv("CUDA_DEVICE_MAX_CONNECTIONS", connections)
-    _check_queues(torch.device("cuda", 0), blocks)
+    check_queues(torch.device("cuda", 0), blocks)
     assert len(caplog.records) == warned
     assert all("CUDA_DEVICE_MAX_CONNECTIONS=32" in record.message for record in caplog.records)
 

@@ -7,7 +7,6 @@ blocks. A chain is consecutive ranks, so that its messages stay within a machine
 from __future__ import annotations
 
 import atexit
-import logging
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -27,10 +26,14 @@ from hf_blocklocal.parallel.clocks import ahead_by, ask_time, tell_time
 from hf_blocklocal.parallel.machines import check_reachable, machines_of_all, names_of
 from hf_blocklocal.parallel.meetings import Meetings
 from hf_blocklocal.parallel.peers import Peers
+from hf_blocklocal.parallel.queues import check_queues
 from hf_blocklocal.parallel.stream import DEPTH, Inbox, Link, Outbox
 
 
-logger = logging.getLogger(__name__)
+_ON_CPUS = (
+    " With --cpu, accelerate starts a single process, however many are asked for: on CPUs set ACCELERATE_USE_CPU=true "
+    "and give it a configuration of GPUs (--config_file, with distributed_type: MULTI_GPU)."
+)
 # Between two runs nobody sends for as long as a user likes; who is lost is found out otherwise.
 _PATIENCE = timedelta(days=7)
 # Numbers that NCCL sends as it sends large tensors.
@@ -270,13 +273,13 @@ def form_chains(num_blocks: int, device: torch.device, *, peer_timeout: float) -
         raise UnsupportedSettingError(
             f"block_parallel_size={num_blocks} gives every block a process of its own, and there are {world} "
             f"process(es), which is not a multiple of {num_blocks}. Start with accelerate launch {fitting}, or use "
-            "block_parallel_size=1."
+            f"block_parallel_size=1.{_ON_CPUS if world == 1 else ''}"
         )
     rank = dist.get_rank()
     store = dist.PrefixStore(f"hf_blocklocal/{next(_NUMBERS)}", dist.distributed_c10d._get_default_store().clone())
     names = names_of(machines_of_all(store), num_blocks)
     check_reachable()
-    _check_queues(device, num_blocks)
+    check_queues(device, num_blocks)
     mesh = init_device_mesh(device.type, (world // num_blocks, num_blocks), mesh_dim_names=("replica", "block"))
     peers = Peers(store, rank=rank, names=names, timeout=peer_timeout)
     chain = Chain(
@@ -313,32 +316,6 @@ def _connect(groups: Sequence[dist.ProcessGroup], device: torch.device) -> None:
             dist.broadcast(large, group=group, group_src=0)
             dist.all_reduce(large, group=group)
             dist.all_gather_into_tensor(large, large[0].clone(), group=group)
-
-
-def _check_queues(device: torch.device, num_blocks: int) -> None:
-    """Refuse a GPU with a single queue, in which a message would stand behind an average that waits for it.
-
-    Messages up, weights down and averages have a stream each, and NCCL one more. With three blocks and more those can
-    be more than the eight queues that CUDA has if nothing is said, so that some would share one: a warning says so.
-
-    Raises:
-        UnsupportedSettingError: If the environment asks for one.
-    """
-    queues = os.environ.get("CUDA_DEVICE_MAX_CONNECTIONS")
-    if device.type != "cuda":
-        return
-    if num_blocks > 2 and dist.get_backend() == "nccl" and queues in (None, "8"):
-        logger.warning(
-            "With %d blocks, a GPU may have more streams than its %s queues, and a message that shares a queue waits "
-            "for what is before it. Start with CUDA_DEVICE_MAX_CONNECTIONS=32 in the environment.",
-            num_blocks,
-            queues or "8",
-        )
-    if queues == "1":
-        raise UnsupportedSettingError(
-            "CUDA_DEVICE_MAX_CONNECTIONS=1 and a block per process exclude each other: messages travel while a block "
-            "computes, which takes a queue of their own on the GPU. Set it to 32, or with two blocks leave it out."
-        )
 
 
 def _own_group(members: Sequence[range]) -> dist.ProcessGroup:
