@@ -19,7 +19,6 @@ from hf_blocklocal.blocks import Boundaries, Cut
 from hf_blocklocal.building import build_heads, build_shortcut
 from hf_blocklocal.config import BlockLocalConfig
 from hf_blocklocal.costs import FORWARD_AND_BACKWARD, head_operations
-from hf_blocklocal.defaults import with_live_layers
 from hf_blocklocal.inlets import Inlets
 from hf_blocklocal.needs import trace_needs
 from hf_blocklocal.partition import Span, cheapest_spans, even_spans
@@ -41,7 +40,7 @@ def cut_behind_every_layer(trace: Trace) -> Cut:
 def balanced_cut(model: nn.Module, config: BlockLocalConfig, trace: Trace, inputs: Mapping[str, Any]) -> Cut:
     """Cut a traced model so that the costliest block is as cheap as possible.
 
-    Every process of a run comes to the same cut, because operations are counted, not timed. No gradient is left, and
+    Operations are counted, not timed: whoever traces the same batch comes to the same cut. No gradient is left, and
     no random stream moves on.
 
     Args:
@@ -86,7 +85,7 @@ def operations_of_heads(
     if config.borrows:
         boundaries.carried = trace_needs(model, boundaries, inputs).lasting
         reach = trace_reach(model, boundaries, inputs)
-        shortcut = build_shortcut(model, with_live_layers(config), trace, cut, inputs, reach)
+        shortcut = build_shortcut(model, config, trace, cut, inputs, reach)
     inlets = Inlets(model, boundaries) if config.reconstruction > 0 else None
     negatives = None if shortcut is not None and not shortcut.confines else config.negatives
     embedding = target_embedding(model) if contrasts_tokens(trace.task, heads) else None

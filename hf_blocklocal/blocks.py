@@ -68,6 +68,11 @@ class Cut:
         """Number of blocks."""
         return len(self.spans)
 
+    @property
+    def boundaries(self) -> tuple[int, ...]:
+        """The first layer of every block but the first."""
+        return tuple(span.start for span in self.spans[1:])
+
     def block_of_layer(self, layer: int) -> int:
         """Return the block that holds a layer."""
         return next(block for block, span in enumerate(self.spans) if layer in span)

@@ -197,7 +197,8 @@ def build_copies(
                 f"{type(model).__name__} use nothing, with head_layers={config.head_layers}. Leave it out."
             )
         return None
-    warn_of_coarse_averages(model, lent, decay)
+    if every > 0:
+        warn_of_coarse_averages(model, lent, decay)
     of_all = config.block_parallel_size == 1
     if shortcut is None:
         return Copies(model, lent, every=every, lag=lag, decay=decay, of_all=of_all)
@@ -209,7 +210,8 @@ def build_copies(
 def warn_of_coarse_averages(model: nn.Module, lent: Sequence[set[str]], decay: float) -> None:
     """Say where copies move by steps that their numbers are too coarse for."""
     names = set().union(*lent)
-    coarse = {str(p.dtype) for name, p in model.named_parameters() if name in names and p.dtype in _COARSE}
+    copied = [p for name, p in model.named_parameters() if name in names and p.requires_grad]
+    coarse = {str(parameter.dtype) for parameter in copied if parameter.dtype in _COARSE}
     if coarse and decay > _FINE_ENOUGH:
         logger.warning(
             "head_refresh_decay=%s moves copies by a small part of what has changed, and in %s much of that is "

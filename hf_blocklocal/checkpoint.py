@@ -29,7 +29,7 @@ def save_heads(save_directory: str | os.PathLike[str], *, heads: Mapping[str, Te
         cut: Where the model was cut, kept in the file's metadata.
     """
     # One entry, because safetensors writes several in an order that differs from file to file.
-    metadata = {"boundaries": json.dumps([span.start for span in cut.spans[1:]])}
+    metadata = {"boundaries": json.dumps(cut.boundaries)}
     tensors = {name: tensor.detach().contiguous() for name, tensor in heads.items()}
     folder = Path(save_directory)
     folder.mkdir(parents=True, exist_ok=True)
@@ -75,13 +75,14 @@ def check_same_cut(save_directory: str | os.PathLike[str], *, cut: Cut) -> None:
             "weights instead of resuming, or choose another checkpoint."
         )
     saved = _boundaries(path)
-    boundaries = [span.start for span in cut.spans[1:]]
+    boundaries = list(cut.boundaries)
     if saved != boundaries:
         blocks = "an unknown number of" if saved is None else len(saved) + 1
         raise HeadsMismatchError(
             f"The heads in {path} belong to {blocks} blocks with boundaries {saved}, but this run has "
-            f"{cut.num_blocks} blocks with boundaries {boundaries}. Use "
-            f"BlockLocalConfig.from_pretrained({str(save_directory)!r}), or train on from the model weights alone."
+            f"{cut.num_blocks} blocks with boundaries {boundaries}. Use the "
+            f"options of that run with boundaries={saved}, and neither num_blocks nor balance, or train on from the "
+            "model weights alone."
         )
 
 

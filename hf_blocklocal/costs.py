@@ -90,8 +90,9 @@ def _lighter(config: BlockLocalConfig) -> str:
     if config.borrows and config.head_bypass == "straight_through":
         return ", and so does head_bypass='skip'"
     if config.head_layers:
-        return f", and so do fewer head_layers than {config.head_layers}"
-    return "" if config.borrows else f", and so does a latent_dim below {config.latent_dim}"
+        return f", and so do fewer head_layers than {config.head_layers}" if config.head_layers > 1 else ""
+    learns = config.feedback in ("direct", "chained")
+    return f", and so does a latent_dim below {config.latent_dim}" if learns else ""
 
 
 def warn_of_heavy_heads(costs: Sequence[float], config: BlockLocalConfig) -> None:

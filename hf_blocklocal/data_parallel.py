@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from hf_blocklocal.crossing import sent
+from hf_blocklocal.errors import CutError
 
 
 class GradientAverager:
@@ -100,6 +101,25 @@ def average_over_processes(values: Tensor, world_size: int) -> Tensor:
         dist.all_reduce(values)
         values /= world_size
     return values
+
+
+def check_same_cut_everywhere(boundaries: Sequence[int], world_size: int) -> None:
+    """Refuse to average gradients of models that are cut in different places; all processes must call it.
+
+    Args:
+        boundaries: First layer of every block but the first, as this process has it.
+        world_size: Processes.
+
+    Raises:
+        CutError: If another process has another cut.
+    """
+    told = gather_from_processes(list(boundaries), world_size)
+    if any(other != told[0] for other in told):
+        cuts = ", ".join(f"rank {rank}: {other}" for rank, other in enumerate(told))
+        raise CutError(
+            f"balance='cost' has cut the model differently in different processes ({cuts}), because their first "
+            f"batches differ. Give the cut by name: boundaries={told[0]}, without balance."
+        )
 
 
 def gather_from_processes(value: Any, world_size: int) -> list[Any]:

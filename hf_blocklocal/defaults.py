@@ -134,14 +134,8 @@ def borrowing_as(config: BlockLocalConfig, saved: BlockLocalConfig) -> BlockLoca
     of_copies = left_open(*_COPIES)
     if config.blocks_apart or saved.is_live or config.num_blocks != saved.num_blocks or len(of_copies) < len(_COPIES):
         return config
-    return replace(
-        config, **{name: getattr(saved, name) for name in left_open(*_COPIES, "head_layers", "head_bypass")}
-    )
-
-
-def with_live_layers(config: BlockLocalConfig) -> BlockLocalConfig:
-    """Return a configuration whose heads borrow the layers themselves, where they would borrow copies."""
-    return replace(config, head_copies="auto", head_refresh_steps=None, head_refresh_lag=None, head_refresh_decay=None)
+    names = left_open(*_COPIES, "head_layers", "head_bypass", "tied_weights")
+    return replace(config, **{name: getattr(saved, name) for name in names})
 
 
 def refreshed(config: BlockLocalConfig, *, single_stack: bool = True) -> BlockLocalConfig:

@@ -25,7 +25,7 @@ from hf_blocklocal.balancing import cut_behind_every_layer
 from hf_blocklocal.blocks import Boundaries
 from hf_blocklocal.building import build_chunked, build_heads, build_shortcut, can_lend, lent_to_heads
 from hf_blocklocal.config import BlockLocalConfig
-from hf_blocklocal.defaults import settled, with_live_layers
+from hf_blocklocal.defaults import settled
 from hf_blocklocal.errors import UnsupportedSettingError
 from hf_blocklocal.model_costs import HeadCosts, LayerCosts, ModelCosts, Weight
 from hf_blocklocal.needs import trace_needs
@@ -152,9 +152,7 @@ def _cut_everywhere(model: nn.Module, config: BlockLocalConfig, trace: Trace, se
         boundaries.carried = trace_needs(model, boundaries, setting.inputs, has_values=has_values).lasting
         if not has_values:
             confines = trace.task.target == "vocabulary" and _has_plain_head(model)
-        step.shortcut = build_shortcut(
-            model, with_live_layers(config), trace, cut, setting.inputs, reach, confines=confines
-        )
+        step.shortcut = build_shortcut(model, config, trace, cut, setting.inputs, reach, confines=confines)
     contrasts = contrasts_tokens(trace.task, step.heads)
     lent = list(lent_to_heads(model, step.shortcut, owners, num_layers, contrasts_tokens=contrasts))
     trains: list[set[str]] = [set() for _ in lent]

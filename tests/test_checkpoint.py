@@ -106,8 +106,9 @@ def test_heads_of_another_cut_are_refused_with_both_cuts(folder, boundaries):
     )
     assert text == (
         f"The heads in {folder / HEADS_NAME} belong to 3 blocks with boundaries [2, 4], but this run has "
-        f"{len(boundaries) + 1} blocks with boundaries {list(boundaries)}. Use "
-        f"BlockLocalConfig.from_pretrained({str(folder)!r}), or train on from the model weights alone."
+        f"{len(boundaries) + 1} blocks with boundaries {list(boundaries)}. Use the options of "
+        "that run with boundaries=[2, 4], and neither num_blocks nor balance, or train on from the model weights "
+        "alone."
     )
 
 

@@ -14,7 +14,9 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from hf_blocklocal.data_parallel import GradientAverager
+from hf_blocklocal import data_parallel
+from hf_blocklocal.data_parallel import GradientAverager, check_same_cut_everywhere
+from hf_blocklocal.errors import CutError
 from hf_blocklocal.history import HISTORY_NAME, StepTime, Training, read_history
 
 
@@ -46,6 +48,13 @@ def alone():
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     yield
     dist.destroy_process_group()
+
+
+def test_processes_that_have_cut_the_model_differently_are_refused(monkeypatch):
+    monkeypatch.setattr(data_parallel, "gather_from_processes", lambda mine, _processes: [mine, [2]])
+    check_same_cut_everywhere((2,), 2)
+    with pytest.raises(CutError, match=r"rank 0: \[3\], rank 1: \[2\].*boundaries=\[3\], without balance"):
+        check_same_cut_everywhere((3,), 2)
 
 
 @pytest.mark.parametrize("lacks_one", [False, True])

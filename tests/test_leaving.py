@@ -20,6 +20,10 @@ SAVING = BlockLocalConfig(num_blocks=2, save_on_exit=True)
 class Tell(TrainerCallback):
     def __init__(self, sign, times=1):
         self.sign, self.times = sign, times
+        self.saved = []
+
+    def on_save(self, args, state, control, **kwargs):
+        self.saved.append(state.global_step)
 
     def on_step_begin(self, args, state, control, **kwargs):
         if state.global_step == 1:
@@ -32,11 +36,13 @@ def test_a_run_that_is_told_to_end_is_resumed_to_the_bit(sign, tmp_path, caplog)
     whole = make("bert", tmp_path / "whole", config=SAVING, max_steps=4)
     whole.train()
     before = signal.getsignal(sign)
-    told = make("bert", tmp_path / "told", config=SAVING, max_steps=4, callbacks=[Tell(sign)])
+    tell = Tell(sign)
+    told = make("bert", tmp_path / "told", config=SAVING, max_steps=4, callbacks=[tell])
     told.train()
+    assert tell.saved == [2]
     assert signal.getsignal(sign) is before
     assert told.state.global_step == 2
-    assert "Told to end: training stops after step 2 of 4" in caplog.text
+    assert caplog.text.count("Told to end: training stops after step 2 of 4") == 1
     resumed = make("bert", tmp_path / "told", config=SAVING, max_steps=4)
     resumed.train(resume_from_checkpoint=True)
     assert equal(snapshot(whole), snapshot(resumed))

@@ -102,7 +102,9 @@ def test_a_gpu_with_a_single_queue_is_refused(connections, monkeypatch):
         check_queues(torch.device("cuda", 0), 2)
 
 
-@pytest.mark.parametrize(("blocks", "connections", "warned"), [(2, None, 0), (3, None, 1), (3, "8", 1), (3, "32", 0)])
+@pytest.mark.parametrize(
+    ("blocks", "connections", "warned"), [(2, None, 0), (3, None, 1), (3, "8", 1), (3, "4", 1), (3, "32", 0)]
+)
 def test_more_streams_than_queues_are_warned_of(blocks, connections, warned, monkeypatch, caplog):
     monkeypatch.setattr(dist, "get_backend", lambda: "nccl")
     if connections is not None:

@@ -85,9 +85,30 @@ def test_an_optimizer_that_knows_what_learns_is_taken(kind, heads, tmp_path):
 
 
 def test_a_training_step_that_teaches_no_block_is_refused(tmp_path):
+    trainer = make(WholeBackward, tmp_path)
+    before = snapshot(trainer)
     with pytest.raises(UnsupportedSettingError, match="WholeBackward.training_step has taught no block"):
-        make(WholeBackward, tmp_path).train()
+        trainer.train()
+    assert equal(before, snapshot(trainer))
     make(ThroughParent, tmp_path).train()
+
+
+class Stream(torch.utils.data.IterableDataset):
+    def __iter__(self):
+        return iter(examples(SPECIMENS["bert"])[:4])
+
+
+def test_an_epoch_without_a_step_is_no_fault_of_anyone(tmp_path):
+    # A resumed stream may be at its end before the first step.
+    for steps, checkpoint in ((4, None), (6, True)):
+        trainer = BlockLocalTrainer(
+            SPECIMENS["bert"].build(),
+            arguments(tmp_path, max_steps=steps, save_strategy="steps", save_steps=4, per_device_train_batch_size=2),
+            train_dataset=Stream(),
+            block_local=BlockLocalConfig(num_blocks=2, **OWN),
+        )
+        trainer.train(resume_from_checkpoint=checkpoint)
+    assert trainer.state.global_step == 6
 
 
 def test_a_single_block_may_be_trained_in_any_way(tmp_path, caplog):

@@ -264,11 +264,12 @@ def test_a_run_without_copies_does_not_go_on_from_a_checkpoint_with_trained_ones
     assert live.state.global_step == 6
 
 
-@pytest.mark.parametrize("name", ["bert", "t5"])
+@pytest.mark.parametrize(("name", "tied"), [("bert", "add"), ("gpt2", "untie"), ("t5", "freeze")])
 @pytest.mark.parametrize("kind", ["trained", "frozen"])
-def test_a_run_that_says_nothing_of_copies_borrows_as_the_one_that_it_goes_on_from(name, kind, tmp_path):
+def test_a_run_that_says_nothing_of_copies_borrows_as_the_one_that_it_goes_on_from(name, tied, kind, tmp_path):
     # As block-parallel runs settle it, which one process goes on from.
     copied = BlockLocalConfig(num_blocks=2, head_layers=1, head_bypass="skip", head_copies=kind, head_refresh_steps=2)
+    copied = replace(copied, tied_weights=tied)
     whole = make(name, tmp_path / "whole", config=copied, max_steps=6)
     whole.train()
     make(name, tmp_path / "half", config=copied, max_steps=6, save_strategy="steps", save_steps=3).train()

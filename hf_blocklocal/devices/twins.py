@@ -127,7 +127,7 @@ class Twins:
     ) -> Tensor:
         """Run a block's twin from the end of the block on; see `Shortcut.logits`."""
         twin, device = self._twins[block].model, self._devices[block]
-        # In place, so that the next block has them from here: from where they began, that device would wait.
+        # In place, so that in training the next block has them from here; where they began, a device would wait.
         trail.ends.update({layer: sent(end, device) for layer, end in trail.ends.items()})
         if twin.training != self._model.training:
             twin.train(self._model.training)

@@ -273,7 +273,7 @@ def form_chains(num_blocks: int, device: torch.device, *, peer_timeout: float) -
         raise UnsupportedSettingError(
             f"block_parallel_size={num_blocks} gives every block a process of its own, and there are {world} "
             f"process(es), which is not a multiple of {num_blocks}. Start with accelerate launch {fitting}, or use "
-            f"block_parallel_size=1.{_ON_CPUS if world == 1 else ''}"
+            f"block_parallel_size=1.{_ON_CPUS if world == 1 and device.type == 'cpu' else ''}"
         )
     rank = dist.get_rank()
     store = dist.PrefixStore(f"hf_blocklocal/{next(_NUMBERS)}", dist.distributed_c10d._get_default_store().clone())

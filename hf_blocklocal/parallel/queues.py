@@ -13,6 +13,8 @@ from hf_blocklocal.errors import UnsupportedSettingError
 
 logger = logging.getLogger(__name__)
 
+_DEFAULT = 8
+
 
 def check_queues(device: torch.device, num_blocks: int) -> None:
     """Refuse a GPU with a single queue, in which a message would stand behind an average that waits for it.
@@ -26,12 +28,12 @@ def check_queues(device: torch.device, num_blocks: int) -> None:
     queues = os.environ.get("CUDA_DEVICE_MAX_CONNECTIONS")
     if device.type != "cuda":
         return
-    if num_blocks > 2 and dist.get_backend() == "nccl" and queues in (None, "8"):
+    if num_blocks > 2 and dist.get_backend() == "nccl" and int(queues or _DEFAULT) <= _DEFAULT:
         logger.warning(
             "With %d blocks, a GPU may have more streams than its %s queues, and a message that shares a queue waits "
             "for what is before it. Start with CUDA_DEVICE_MAX_CONNECTIONS=32 in the environment.",
             num_blocks,
-            queues or "8",
+            queues or _DEFAULT,
         )
     if queues == "1":
         raise UnsupportedSettingError(

@@ -11,6 +11,11 @@ from hf_blocklocal.trainer.spreading import SpreadsBlocks
 
 logger = logging.getLogger(__name__)
 
+_TEACHES = (
+    "super().training_step(model, inputs, num_items_in_batch), which runs the model once and teaches each block where "
+    "it ends."
+)
+
 
 class ChecksOverrides(SpreadsBlocks):
     """Looks, once a run, whether blocks are taught and heads are optimized."""
@@ -30,7 +35,10 @@ class ChecksOverrides(SpreadsBlocks):
             return super().train(*args, **kwargs)
         except RuntimeError as error:
             if not self._has_taught and self._overrides("training_step") and hasattr(error, "add_note"):
-                error.add_note(self._not_taught())
+                error.add_note(
+                    f"No block had been taught. If {type(self).__name__}.training_step has failed, the reason may be "
+                    f"that it does not call {_TEACHES}"
+                )
             raise
 
     def _overrides(self, name: str) -> bool:
@@ -75,19 +83,14 @@ class ChecksOverrides(SpreadsBlocks):
                 "self.assembly.module.parameters(), which are those of the model and its heads."
             )
 
-    def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
-        """Refuse to go on where no block has been taught.
+    def _check_taught(self) -> None:
+        """Refuse to step blocks that have not been taught; called before every step of the optimizer.
 
         Raises:
             UnsupportedSettingError: If a training step of the subclass is in the place of the trainer's.
         """
         if self.block_local.num_blocks > 1 and not self._has_taught:
-            raise UnsupportedSettingError(self._not_taught())
-        super()._maybe_log_save_evaluate(*args, **kwargs)
-
-    def _not_taught(self) -> str:
-        return (
-            f"{type(self).__name__}.training_step has taught no block by its own loss: it does not call "
-            "super().training_step(model, inputs, num_items_in_batch), which runs the model once and teaches each "
-            "block where it ends. Call it, or use num_blocks=1."
-        )
+            raise UnsupportedSettingError(
+                f"{type(self).__name__}.training_step has taught no block by its own loss: it does not call "
+                f"{_TEACHES} Call it, or use num_blocks=1."
+            )

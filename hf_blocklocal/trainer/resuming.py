@@ -51,7 +51,7 @@ class FindsCheckpoints(TakesStation):
         return True if source is True else folder
 
     def _borrow_as_in(self, checkpoint: str | bool | None) -> None:
-        """Let heads borrow copies as in the run to go on with, if that had its blocks apart and nobody says how.
+        """Let heads borrow copies as in the run to go on with, if they did there and nobody says how.
 
         Args:
             checkpoint: What `_checkpoint_here` has returned.
@@ -63,7 +63,7 @@ class FindsCheckpoints(TakesStation):
             return
         config = borrowing_as(self.block_local, BlockLocalConfig.from_pretrained(folder))
         if config != self.block_local:
-            logger.info("Heads borrow copies as in the run of %s: %s", folder, config)
+            logger.warning("Heads borrow copies, as in the run of %s that is gone on with.", folder)
             self.block_local, self._assembly = config, None
 
     def _check_best_can_be_loaded(self) -> None:

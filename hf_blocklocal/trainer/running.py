@@ -24,6 +24,7 @@ class RunsApart(FindsCheckpoints):
     """Trains the block that is here, in step with the others."""
 
     _counting = False
+    _left_at: int | None = None
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """Tell the other processes why, if this one fails; a checkpoint may be in a repository on the Hub, too."""
@@ -31,6 +32,7 @@ class RunsApart(FindsCheckpoints):
             self._check_best_can_be_loaded()
             checkpoint = self._checkpoint_here(resume_from_checkpoint)
             self._borrow_as_in(checkpoint)
+            self._left_at = None
             return self._as_one_process_says(super().train(checkpoint, *args, **kwargs))
 
     def _as_one_process_says(self, output: Any) -> Any:
@@ -168,13 +170,15 @@ class RunsApart(FindsCheckpoints):
         """Save and stop, if this process has been told to end."""
         if self._sharded is not None:
             self._sharded.forget_gradients_()  # the parent has, of the parameters
-        if self._leaving is not None and self._leaving.due(self.state.global_step):
+        step = self.state.global_step
+        if self._leaving is not None and self._left_at != step and self._leaving.due(step):
+            self._left_at = step  # at the end of an epoch this is called again
             self.control.should_save = self.control.should_training_stop = True
             if self.is_world_process_zero():
                 logger.warning(
                     "Told to end: training stops after step %d of %d and writes a checkpoint. Go on with "
                     "trainer.train(resume_from_checkpoint=True).",
-                    self.state.global_step,
+                    step,
                     self.state.max_steps,
                 )
         if self.control.should_log or self.control.should_save:
