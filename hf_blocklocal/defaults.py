@@ -39,7 +39,7 @@ def default_head_layers(num_blocks: int, *, shortens_decoder: bool = False) -> i
     """Return how many layers heads borrow by default: one where the model is cut in two, else two.
 
     In the learning benchmark (docs/learning.md), one layer in two blocks came within 1.1 % of
-    backpropagation's perplexity and above its accuracy on images, and two layers in four blocks within 2.8 %.
+    backpropagation's perplexity and to its accuracy on images, and two layers in four blocks within 2.8 %.
 
     Args:
         num_blocks: Blocks.

@@ -7,18 +7,24 @@ from statistics import median
 from typing import Any
 
 
-_BORROWING = (
-    "Default heads train a copy of a layer, in one process here as in two, where it makes the first block the larger",
-    "one: five layers of nine, or, where the model has a layer more and is cut by cost, five of ten. Lens heads train",
-    "copies of the task head alone. The ratios of both are to one process with such heads.",
-)
+_NOTES = {
+    "default heads": (
+        "Default heads train a copy of a layer, in one process here as in two, where it makes the first block the "
+        "larger\none; their ratios are to one process with such heads."
+    ),
+    "a layer more": (
+        "Where the model has a layer more and is cut by cost, blocks are equal: five layers of ten, the copy among "
+        "them."
+    ),
+    "lens heads": "Lens heads train copies of the task head alone; their ratios are to one process with such heads.",
+}
 
 
 def block_parallel(report: dict[str, Any], place: str) -> list[str]:
     """Throughput of a block per process beside the other ways of training."""
     size, one = report["size"], "block-local, one process"
-    both = any(" heads" in row["way"] for row in report["results"])
-    heads = "heads of their own if nothing else is said" if both else "heads of their own"
+    notes = [note for kind, note in _NOTES.items() if any(kind in row["way"] for row in report["results"])]
+    heads = "heads of their own if nothing else is said" if notes else "heads of their own"
     lines = [
         f"**Throughput** of a BERT of {size['layers']} layers, width {size['width']}, batches of {size['batch']} x",
         f"{size['sequence']} tokens, {heads}, an optimizer step per batch; median [range] of",
@@ -26,7 +32,7 @@ def block_parallel(report: dict[str, Any], place: str) -> list[str]:
         f"{place.replace(', one run', '')}.",
         "The first ratio is of wall time on these cores, the second of processor time in the busiest process: what",
         "processes with a core each would reach if none waited.",
-        *(_BORROWING if both else ()),
+        *notes,
         "",
         "| | samples/s | x one process, wall | x one process, processor time | time waited, by block |",
         "|---|---|---|---|---|",
