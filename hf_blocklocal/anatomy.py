@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
@@ -300,6 +301,17 @@ class _CheckpointedForward(GradientCheckpointingLayer):
         self._gradient_checkpointing_func = layer._gradient_checkpointing_func
         self._can_checkpoint_with_cache = layer._can_checkpoint_with_cache
         self.forward = layer.forward
+
+
+@contextmanager
+def padding_kept() -> Iterator[None]:
+    """Keep torch's own encoder from packing padded batches: what its layers then hand on has no shape to look at."""
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
-from hf_blocklocal.anatomy import hooks_outside_checkpoint
+from hf_blocklocal.anatomy import hooks_outside_checkpoint, padding_kept
 from hf_blocklocal.errors import BoundaryNotReachedError
 from hf_blocklocal.partition import Span
 from hf_blocklocal.signals import beside_hidden, first_tensor, hidden_name_in, made_elsewhere, map_tensors
@@ -172,6 +172,7 @@ class Boundaries:
         here = range(self.cut.num_blocks) if station is None else range(station.block, station.block + 1)
         visit = self._visit = _Visit(here[: self.cut.num_blocks - 1 - here.start], leave, station, late, observe)
         with ExitStack() as stack:
+            stack.enter_context(padding_kept())
             for layer in self._layers:
                 stack.enter_context(hooks_outside_checkpoint(layer))
             for router, (block, index) in self._routers.items():

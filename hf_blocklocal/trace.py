@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from hf_blocklocal.anatomy import (
     Stack,
     check_layers_run_once,
+    padding_kept,
     shifts_labels,
     vocabulary_size,
 )
@@ -256,7 +257,8 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
-        yield
+        with padding_kept():
+            yield
     finally:
         for module, mode in modes.items():
             module.training = mode
