@@ -17,6 +17,14 @@ from hf_blocklocal.settings import check_can_be_told_to_end
 SAVING = BlockLocalConfig(num_blocks=2, save_on_exit=True)
 
 
+@pytest.fixture(autouse=True)
+def _interruptible():
+    """Let Ctrl-C raise, as it does in a terminal: what runs in the background may be told to ignore it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 class Tell(TrainerCallback):
     def __init__(self, sign, times=1):
         self.sign, self.times = sign, times
