@@ -157,7 +157,7 @@ class Assembly:
             whole_vocabulary = whole_vocabulary or (shortcut is not None and not shortcut.confines)
             negatives = None if whole_vocabulary else self.config.negatives
             embedding = embedding if self.copies is None else self.copies[embedding]
-        return targets_for(self.task, self.heads, inputs, embedding, negatives=negatives, seed=seed)
+        return targets_for(self.task, inputs, embedding, negatives=negatives, seed=seed)
 
     def lower_weights(self) -> dict[str, nn.Parameter]:
         """Return the trainable parameters of the model that are here and belong to a block below the last, by name."""

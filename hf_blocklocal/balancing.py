@@ -89,7 +89,7 @@ def operations_of_heads(
     inlets = Inlets(model, boundaries) if config.reconstruction > 0 else None
     negatives = None if shortcut is not None and not shortcut.confines else config.negatives
     embedding = target_embedding(model) if contrasts_tokens(trace.task, heads) else None
-    targets = targets_for(trace.task, heads, inputs, embedding, negatives=negatives)
+    targets = targets_for(trace.task, inputs, embedding, negatives=negatives)
     if len(targets) == 0:
         return [0.0] * len(trace.layers)
     step = LocalStep(boundaries, heads, shortcut=shortcut, inlets=inlets)

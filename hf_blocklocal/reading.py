@@ -22,7 +22,6 @@ def contrasts_tokens(task: Task, heads: Iterable[FeedbackHead]) -> bool:
 
 def targets_for(
     task: Task,
-    heads: Iterable[FeedbackHead],
     inputs: Mapping[str, Any],
     embedding_VE: Tensor | None,
     *,
@@ -33,14 +32,13 @@ def targets_for(
 
     Args:
         task: What the labels mean.
-        heads: The heads that learn from them.
         inputs: The model's inputs with labels.
-        embedding_VE: The embedding of target tokens; only looked at where heads contrast tokens.
+        embedding_VE: The embedding of target tokens where heads contrast them, else None.
         negatives: Negatives to draw, None for the whole vocabulary.
         seed: What they are drawn from.
     """
     targets = read_spans(inputs) if task.target == "spans" else read_targets(task, inputs)
-    if not contrasts_tokens(task, heads):
+    if embedding_VE is None:
         return targets
     generator = torch.Generator().manual_seed(mixed(seed))
     return with_candidates(targets, embedding_VE, negatives=negatives, generator=generator)

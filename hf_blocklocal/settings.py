@@ -238,7 +238,21 @@ def check_placement(model: nn.Module, *, model_parallel: bool) -> None:
         model_parallel: Whether it lies elsewhere than on the device of this process, and no layout says where.
 
     Raises:
-        UnsupportedSettingError: If the model was loaded tensor parallel, or onto another device, or has no weights.
+        UnsupportedSettingError: If the model was loaded tensor parallel, or onto another device.
+    """
+    if model_parallel or (getattr(model, "tp_size", None) or 1) > 1:
+        raise UnsupportedSettingError(
+            f"{type(model).__name__} lies on another device than this process computes on, or every layer on several "
+            "(tp_plan), which is not supported. Load it on one device, or layer by layer on several "
+            "(device_map='balanced'); data parallelism with accelerate launch works."
+        )
+
+
+def check_has_values(model: nn.Module) -> None:
+    """Refuse models whose weights are gone.
+
+    Raises:
+        UnsupportedSettingError: If a parameter holds no values.
     """
     missing = [name for name, parameter in model.named_parameters() if parameter.is_meta]
     if missing:
@@ -246,12 +260,6 @@ def check_placement(model: nn.Module, *, model_parallel: bool) -> None:
             f"{len(missing)} parameters of {type(model).__name__}, such as {missing[0]}, hold no values (device "
             "meta). A trainer with a block per process has let go of those of other blocks: load the model anew for "
             "another trainer, or go on with the first one."
-        )
-    if model_parallel or (getattr(model, "tp_size", None) or 1) > 1:
-        raise UnsupportedSettingError(
-            f"{type(model).__name__} lies on another device than this process computes on, or every layer on several "
-            "(tp_plan), which is not supported. Load it on one device, or layer by layer on several "
-            "(device_map='balanced'); data parallelism with accelerate launch works."
         )
 
 

@@ -38,9 +38,12 @@ def with_tied_weights_settled_(model: nn.Module, config: BlockLocalConfig) -> Bl
 
 def _is_frozen(model: nn.Module) -> bool:
     """Tell whether the language-model head shares its weight and nobody trains it, as under adapters."""
+    return _is_tied(model) and not output_embedding(model).weight.requires_grad
+
+
+def _is_tied(model: nn.Module) -> bool:
     source, head = input_embedding(model), output_embedding(model)
-    is_tied = source is not None and head is not None and source.weight is head.weight
-    return is_tied and not head.weight.requires_grad
+    return source is not None and head is not None and source.weight is head.weight
 
 
 def untie_(model: nn.Module, *, asked: bool) -> bool:
@@ -56,9 +59,9 @@ def untie_(model: nn.Module, *, asked: bool) -> bool:
     Raises:
         UnsupportedSettingError: If it was asked for and cannot be done.
     """
-    source, head = input_embedding(model), output_embedding(model)
-    if source is None or head is None or source.weight is not head.weight:
+    if not _is_tied(model):
         return True
+    head = output_embedding(model)
     if is_encoder_decoder(model):
         if asked:
             raise UnsupportedSettingError(

@@ -91,6 +91,21 @@ def test_heavy_heads_are_named_once(caplog):
     ]
 
 
+@pytest.mark.parametrize(
+    ("values", "advice"),
+    [
+        ({"head_layers": 1}, "make them lighter."),
+        ({"head_layers": 2}, "make them lighter, and so do fewer head_layers than 2."),
+        ({"head_bypass": "straight_through"}, "make them lighter, and so does head_bypass='skip'."),
+        ({"feedback": "direct", "latent_dim": 999}, "make them lighter, and so does a latent_dim below 999."),
+    ],
+)
+def test_advice_is_of_what_is_in_force(values, advice, caplog):
+    assembled("bert", **values)
+    (said,) = [record.getMessage() for record in caplog.records if "cost more than" in record.getMessage()]
+    assert said.endswith(advice)
+
+
 def test_a_batch_without_targets_leaves_the_cost_open():
     batch = SPECIMENS["bert"].batch(0)
     batch["labels"] = torch.full_like(batch["labels"], -100)

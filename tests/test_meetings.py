@@ -90,6 +90,14 @@ def test_every_group_in_which_gpus_meet_is_connected_at_the_start(alone, monkeyp
     assert connected == [dist.group.WORLD, chain.replicas, chain.blocks]
 
 
+def test_a_single_process_on_a_cpu_is_told_how_to_be_several():
+    with pytest.raises(UnsupportedSettingError, match="there are 1 process.*With --cpu, accelerate starts a single"):
+        form_chains(2, CPU, peer_timeout=5.0)
+    with pytest.raises(UnsupportedSettingError) as error:
+        form_chains(2, torch.device("cuda", 0), peer_timeout=5.0)
+    assert "--cpu" not in str(error.value)
+
+
 @pytest.mark.parametrize("connections", [None, "8", "1"])
 def test_a_gpu_with_a_single_queue_is_refused(connections, monkeypatch):
     if connections is not None:

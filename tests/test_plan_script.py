@@ -36,6 +36,24 @@ def test_the_plan_is_a_table_and_the_line_that_launches_it(capsys):
     assert "head_refresh_lag" not in text
 
 
+@pytest.mark.parametrize(
+    ("words", "batches"),
+    [
+        (("whisper", "--task", "speech-seq2seq"), "batches of 8 x 448,"),
+        (("gpt2", "--task", "causal-lm"), "batches of 8 x 512,"),
+        (("vit", "--task", "image-classification"), "batches of 8, float32"),
+    ],
+)
+def test_samples_are_no_longer_than_a_model_takes(words, batches, capsys):
+    script("plan").main([*words, "--num-blocks", "2"])
+    assert batches in capsys.readouterr().out
+
+
+def test_a_text_that_is_too_long_to_be_written_down_is_refused():
+    with pytest.raises(SystemExit, match="whisper writes down at most 448 tokens, and --sequence-length is 600"):
+        script("plan").main(["whisper", "--task", "speech-seq2seq", "--num-blocks", "2", "--sequence-length", "600"])
+
+
 def test_heads_that_would_wait_for_layers_of_other_ranks_are_pointed_out(capsys):
     text = printed(capsys, "--num-blocks", "4", "--block-local", "head_layers=1", "head_refresh_lag=1")
     assert "copy them every S steps with a lag of at least 2" in text

@@ -11,6 +11,7 @@ from zoo import SPECIMENS, build_wav2vec2
 
 from hf_blocklocal import BlockLocalConfig, BlockLocalTrainer
 from hf_blocklocal.errors import (
+    ConfigError,
     CutError,
     LayersNotFoundError,
     NonFiniteLossError,
@@ -33,6 +34,18 @@ def test_an_optimizer_and_scheduler_of_ones_own_are_refused(tmp_path):
             optimizers=(optimizer, scheduler),
             config=BlockLocalConfig(head_layers=0),
         ).train()
+
+
+def test_a_configuration_of_plain_values_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match="was given a dict: {'num_blocks': 2}. Write block_local=BlockLocalConfig"):
+        BlockLocalTrainer(SPECIMENS["bert"].build(), arguments(tmp_path), block_local={"num_blocks": 2})
+
+
+def test_a_model_that_another_trainer_has_split_is_refused(tmp_path):
+    model = SPECIMENS["bert"].build()
+    model.bert.encoder.layer[3].to("meta")
+    with pytest.raises(UnsupportedSettingError, match=r"16 parameters of Bert.* hold no values.*load the model anew"):
+        make("bert", tmp_path, model=model)
 
 
 @pytest.mark.parametrize("step_per_block", [False, True])

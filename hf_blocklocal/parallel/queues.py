@@ -28,15 +28,15 @@ def check_queues(device: torch.device, num_blocks: int) -> None:
     queues = os.environ.get("CUDA_DEVICE_MAX_CONNECTIONS")
     if device.type != "cuda":
         return
+    if queues == "1":
+        raise UnsupportedSettingError(
+            "CUDA_DEVICE_MAX_CONNECTIONS=1 and a block per process exclude each other: messages travel while a block "
+            "computes, which takes a queue of their own on the GPU. Set it to 32, or with two blocks leave it out."
+        )
     if num_blocks > 2 and dist.get_backend() == "nccl" and int(queues or _DEFAULT) <= _DEFAULT:
         logger.warning(
             "With %d blocks, a GPU may have more streams than its %s queues, and a message that shares a queue waits "
             "for what is before it. Start with CUDA_DEVICE_MAX_CONNECTIONS=32 in the environment.",
             num_blocks,
             queues or _DEFAULT,
-        )
-    if queues == "1":
-        raise UnsupportedSettingError(
-            "CUDA_DEVICE_MAX_CONNECTIONS=1 and a block per process exclude each other: messages travel while a block "
-            "computes, which takes a queue of their own on the GPU. Set it to 32, or with two blocks leave it out."
         )

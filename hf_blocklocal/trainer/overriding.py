@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from itertools import takewhile
 from typing import Any
 
 from hf_blocklocal.errors import UnsupportedSettingError
@@ -43,9 +44,8 @@ class ChecksOverrides(SpreadsBlocks):
 
     def _overrides(self, name: str) -> bool:
         """Tell whether a subclass replaces one of the trainer's methods."""
-        first = next(kind for kind in type(self).__mro__ if name in vars(kind))
-        house = [kind for kind in type(self).__mro__ if kind.__module__.startswith(f"{__package__.split('.')[0]}.")]
-        return type(self).__mro__.index(first) < type(self).__mro__.index(house[0])
+        own = takewhile(lambda kind: not kind.__module__.startswith("hf_blocklocal."), type(self).__mro__)
+        return any(name in vars(kind) for kind in own)
 
     def _check_overrides(self) -> None:
         """Refuse an optimizer that leaves out the heads, or holds what is elsewhere; called by every training step.

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Trainer
 
+from hf_blocklocal.data_parallel import check_same_cut_everywhere
 from hf_blocklocal.errors import BlockLocalError
 from hf_blocklocal.parallel.chain import Chain, ReplicaMesh, form_chains
 from hf_blocklocal.parallel.leaving import Leaving, LeavingAlone
@@ -21,6 +22,7 @@ from hf_blocklocal.probe import random_state_kept
 from hf_blocklocal.settings import (
     check_block_parallel,
     check_can_be_told_to_end,
+    check_has_values,
     check_model_given,
     check_optimizer_not_given,
     check_outputs_of_all_layers,
@@ -55,6 +57,8 @@ class TakesStation(Trainer):
 
     def _move_model_to_device(self, model: nn.Module, device: torch.device) -> None:
         """Leave the model where it is until only this process's block is left of it."""
+        if self._stationing is None:
+            check_has_values(model)
         if self._chain is None:
             super()._move_model_to_device(model, device)
         elif self._stationing is not None:
@@ -113,6 +117,11 @@ class TakesStation(Trainer):
     def _inner_optimizer(self) -> torch.optim.Optimizer:
         """The optimizer itself, without accelerate's wrapper."""
         return getattr(self.optimizer, "optimizer", self.optimizer)
+
+    def _check_cut_agrees(self) -> None:
+        """Refuse a cut that depends on the batch, where processes with all blocks have traced different ones."""
+        if self.block_local.balance == "cost" and self._chain is None:
+            check_same_cut_everywhere(self.assembly.cut.boundaries, self.args.world_size)
 
     def _keep_own_shard(self, optimizer: torch.optim.Optimizer, *, given: bool) -> None:
         """Leave the optimizer only the parameters that this process trains."""

@@ -19,7 +19,7 @@ from hf_blocklocal.assembly import Assembly, assemble, check_structure, name_of_
 from hf_blocklocal.bootstrap import bootstrap_weight
 from hf_blocklocal.compilation import layers_compiled
 from hf_blocklocal.config import BlockLocalConfig
-from hf_blocklocal.data_parallel import broadcast_from_first, check_same_cut_everywhere
+from hf_blocklocal.data_parallel import broadcast_from_first
 from hf_blocklocal.errors import NonFiniteLossError
 from hf_blocklocal.evaluation import BlockScores
 from hf_blocklocal.meters import BlockLossMeter
@@ -167,7 +167,7 @@ class BlockLocalMixin(ChecksOverrides, EvaluatesBlocks, SavesBlocks, PushesRuns,
             self._forward = self.accelerator.prepare_model(
                 self.model, device_placement=not self._is_apart, evaluation_mode=True
             )
-        check_same_cut_everywhere(self.assembly.cut.boundaries, self._replicas if self._chain is None else 1)
+        self._check_cut_agrees()
         if self._replicas > 1:
             tensors = [*module.parameters(), *module.buffers()]
             here = [tensor for tensor in tensors if not tensor.is_meta and tensor not in self._parts]
