@@ -10,17 +10,17 @@ from typing import TYPE_CHECKING, Any
 
 
 if TYPE_CHECKING:
-    from hf_blocklocal.anatomy import Stack, find_stacks
+    from hf_blocklocal.anatomy.layers import Stack, find_stacks
     from hf_blocklocal.assembly import Assembly, TaughtModel, assemble
     from hf_blocklocal.attaching import load_heads
-    from hf_blocklocal.blocks import Boundaries, Cut
-    from hf_blocklocal.config import BlockLocalConfig
+    from hf_blocklocal.config.block_local import BlockLocalConfig
+    from hf_blocklocal.cut.blocks import Boundaries, Cut
+    from hf_blocklocal.cut.partition import Span
     from hf_blocklocal.depth import EarlyExit, early_exit, truncate
     from hf_blocklocal.errors import BlockLocalError
     from hf_blocklocal.feedback import FeedbackHead, build_head
     from hf_blocklocal.losses import LocalLoss
-    from hf_blocklocal.partition import Span
-    from hf_blocklocal.step import LocalStep, StepReport
+    from hf_blocklocal.teaching.step import LocalStep, StepReport
     from hf_blocklocal.trainer import BlockLocalMixin, BlockLocalSeq2SeqTrainer, BlockLocalTrainer
 
 
@@ -51,28 +51,28 @@ __all__ = [
     "truncate",
 ]
 
-_ROOMS = {
-    "anatomy": ("Stack", "find_stacks"),
+_MODULES = {
+    "anatomy.layers": ("Stack", "find_stacks"),
     "assembly": ("Assembly", "TaughtModel", "assemble"),
     "attaching": ("load_heads",),
-    "blocks": ("Boundaries", "Cut"),
-    "config": ("BlockLocalConfig",),
+    "cut.blocks": ("Boundaries", "Cut"),
+    "config.block_local": ("BlockLocalConfig",),
     "depth": ("EarlyExit", "early_exit", "truncate"),
     "errors": ("BlockLocalError",),
     "feedback": ("FeedbackHead", "build_head"),
     "losses": ("LocalLoss",),
-    "partition": ("Span",),
-    "step": ("LocalStep", "StepReport"),
+    "cut.partition": ("Span",),
+    "teaching.step": ("LocalStep", "StepReport"),
     "trainer": ("BlockLocalMixin", "BlockLocalSeq2SeqTrainer", "BlockLocalTrainer"),
 }
-_ROOM_OF = {name: room for room, names in _ROOMS.items() for name in names}
+_MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
 
 
 def __getattr__(name: str) -> Any:
-    """Import a public name from its room, the first time that it is asked for."""
-    if name not in _ROOM_OF:
+    """Import a public name from its module, the first time that it is asked for."""
+    if name not in _MODULE_OF:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = globals()[name] = getattr(importlib.import_module(f"{__name__}.{_ROOM_OF[name]}"), name)
+    value = globals()[name] = getattr(importlib.import_module(f"{__name__}.{_MODULE_OF[name]}"), name)
     return value
 
 

@@ -12,16 +12,31 @@ from typing import Any
 import torch
 from torch import nn
 
-from hf_blocklocal.anatomy import (
+from hf_blocklocal.anatomy.layers import (
     check_all_layers_run,
     check_layers_not_shared,
     find_router_loss,
     find_stacks,
     target_embedding,
 )
-from hf_blocklocal.balancing import balanced_cut
-from hf_blocklocal.blocks import Boundaries, Cut
-from hf_blocklocal.building import (
+from hf_blocklocal.anatomy.tying import shared_by_blocks, with_shared_weights_settled_, with_tied_weights_settled_
+from hf_blocklocal.borrowing.copies import Copies
+from hf_blocklocal.config.block_local import BlockLocalConfig
+from hf_blocklocal.config.defaults import refreshed, settled
+from hf_blocklocal.config.settings import check_adapters, check_quantisation
+from hf_blocklocal.cut.blocks import Boundaries, Cut
+from hf_blocklocal.cut.inlets import Inlets
+from hf_blocklocal.cut.needs import Needs, trace_needs
+from hf_blocklocal.cut.partition import Span
+from hf_blocklocal.cut.trace import owners_of, plan_cut, plan_spans, trace_layers, trace_reach
+from hf_blocklocal.errors import UnsupportedSettingError
+from hf_blocklocal.feedback import FeedbackHead
+from hf_blocklocal.optim.groups import factors_by_block, rates_of_feedback, scale_learning_rates_
+from hf_blocklocal.planning.balancing import balanced_cut
+from hf_blocklocal.planning.costs import head_costs, warn_of_heavy_heads
+from hf_blocklocal.planning.describing import table_of_blocks
+from hf_blocklocal.targets.batch import Targets, Task, labels_of
+from hf_blocklocal.teaching.building import (
     build_chunked,
     build_copies,
     build_denoising,
@@ -31,23 +46,8 @@ from hf_blocklocal.building import (
     lend_to_train_,
     lent_to_heads,
 )
-from hf_blocklocal.config import BlockLocalConfig
-from hf_blocklocal.copies import Copies
-from hf_blocklocal.costs import head_costs, warn_of_heavy_heads
-from hf_blocklocal.defaults import refreshed, settled
-from hf_blocklocal.describing import table_of_blocks
-from hf_blocklocal.errors import UnsupportedSettingError
-from hf_blocklocal.feedback import FeedbackHead
-from hf_blocklocal.groups import factors_by_block, rates_of_feedback, scale_learning_rates_
-from hf_blocklocal.inlets import Inlets
-from hf_blocklocal.needs import Needs, trace_needs
-from hf_blocklocal.partition import Span
-from hf_blocklocal.reading import contrasts_tokens, targets_for
-from hf_blocklocal.settings import check_adapters, check_quantisation
-from hf_blocklocal.step import LocalStep
-from hf_blocklocal.targets import Targets, Task, labels_of
-from hf_blocklocal.trace import owners_of, plan_cut, plan_spans, trace_layers, trace_reach
-from hf_blocklocal.tying import shared_by_blocks, with_shared_weights_settled_, with_tied_weights_settled_
+from hf_blocklocal.teaching.reading import contrasts_tokens, targets_for
+from hf_blocklocal.teaching.step import LocalStep
 
 
 class TaughtModel(nn.Module):

@@ -9,11 +9,11 @@ from typing import Any
 
 from torch import nn
 
+from hf_blocklocal.anatomy.standin import stand_in
 from hf_blocklocal.assembly import Assembly, assemble
 from hf_blocklocal.checkpoint import load_heads_, saved_boundaries
-from hf_blocklocal.config import BlockLocalConfig
+from hf_blocklocal.config.block_local import BlockLocalConfig
 from hf_blocklocal.hub import fetch
-from hf_blocklocal.standin import stand_in
 
 
 def load_heads(

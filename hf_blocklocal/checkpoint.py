@@ -11,8 +11,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from hf_blocklocal.blocks import Cut
-from hf_blocklocal.config import CONFIG_NAME
+from hf_blocklocal.config.block_local import CONFIG_NAME
+from hf_blocklocal.cut.blocks import Cut
 from hf_blocklocal.errors import HeadsMismatchError
 
 

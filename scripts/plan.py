@@ -111,8 +111,8 @@ def values(words: Sequence[str]) -> dict[str, Any]:
 def plan(options: argparse.Namespace) -> str:
     """Return the table and what stands below it."""
     from hf_blocklocal import BlockLocalConfig
-    from hf_blocklocal.defaults import default_refresh_lag
-    from hf_blocklocal.placement import Device, Upkeep, place
+    from hf_blocklocal.config.defaults import default_refresh_lag
+    from hf_blocklocal.planning.placement import Device, Upkeep, place
 
     fields = {"num_blocks": options.num_blocks, "block_parallel_size": options.num_blocks}
     config = BlockLocalConfig.from_dict(fields | values(options.block_local))
@@ -163,7 +163,8 @@ def measure(options: argparse.Namespace, config: Any) -> tuple[Any, Any, str]:
 
     import torch
 
-    from hf_blocklocal.blueprint import (
+    from hf_blocklocal.config.defaults import settled
+    from hf_blocklocal.cut.blueprint import (
         Shape,
         build_inputs,
         build_model,
@@ -172,8 +173,7 @@ def measure(options: argparse.Namespace, config: Any) -> tuple[Any, Any, str]:
         task_of,
         without_memory,
     )
-    from hf_blocklocal.defaults import settled
-    from hf_blocklocal.planning import Setting, measure_costs
+    from hf_blocklocal.planning.measuring import Setting, measure_costs
 
     model_config = read_config(options.model, values(options.set))
     task = options.task or task_of(model_config)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 
 if TYPE_CHECKING:
-    from train import Outcome
+    from recipes import Outcome
 
 
 def report(outcomes: Sequence[Outcome]) -> str:

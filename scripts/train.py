@@ -17,10 +17,12 @@ import os
 import platform
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, replace
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from recipes import Outcome, Run, Source, read_run
 
 
 if TYPE_CHECKING:
@@ -29,85 +31,6 @@ if TYPE_CHECKING:
 
     from hf_blocklocal import BlockLocalConfig
     from hf_blocklocal.card import CardFacts
-
-
-@dataclass(frozen=True)
-class Run:
-    """What a YAML file of `configs/train` says; its comments say what each key means."""
-
-    model: str | dict[str, Any]
-    dataset: str
-    task: str = "text-classification"
-    options: dict[str, Any] = field(default_factory=dict)
-    subset: str | None = None
-    text_column: str = "text"
-    label_column: str = "label"
-    train_split: str = "train"
-    test_split: str = "test"
-    max_length: int = 128
-    train_samples: int | None = None
-    test_samples: int | None = None
-    baseline: bool = False
-    diagnostics: int | None = None
-    card: dict[str, Any] = field(default_factory=dict)
-    threshold: float = 0.9
-    examples: list[Any] = field(default_factory=list)
-    block_local: dict[str, Any] = field(default_factory=dict)
-    training: dict[str, Any] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Source:
-    """The file that says what to train, and the command that has named it."""
-
-    config: str
-    command: str
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What one training run came to, and what came of each size of its model."""
-
-    name: str
-    metrics: dict[str, float]
-    seconds: float
-    peak_bytes: int
-    unpushed: str | None = None
-    sizes: list[dict[str, Any]] = field(default_factory=list)
-    metric: str = "accuracy"
-
-
-def read_run(path: str | Path, overrides: Sequence[str] = ()) -> Run:
-    """Read a YAML file and `key=value` or `section.key=value` overrides.
-
-    Raises:
-        ValueError: If a key is unknown or missing.
-    """
-    import yaml
-
-    values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    for override in overrides:
-        name, separator, text = override.partition("=")
-        *sections, key = name.split(".")
-        if not separator or len(sections) > 1:
-            raise ValueError(f"{override!r} is no override. Write key=value or section.key=value.")
-        holder = values.setdefault(sections[0], {}) if sections else values
-        holder[key] = _value(yaml.safe_load(text))
-    known = {f.name for f in fields(Run)}
-    missing = {"model", "dataset"} - set(values)
-    if unknown := sorted(set(values) - known):
-        raise ValueError(f"{path} has unknown keys {unknown}. Known are {sorted(known)}.")
-    if missing:
-        raise ValueError(f"{path} lacks {sorted(missing)}.")
-    return Run(**values)
-
-
-def _value(value: Any) -> Any:
-    """Read `1e-4` as the number that YAML, which asks for `1.0e-4`, does not see in it."""
-    try:
-        return float(value) if isinstance(value, str) else value
-    except ValueError:
-        return value
 
 
 def train(run: Run, block_local: BlockLocalConfig | None, source: Source | None = None) -> tuple[Outcome, Trainer]:
@@ -216,7 +139,7 @@ def add_diagnostics(trainer: Trainer, *, every: int) -> None:
 
 def peak_activation_bytes(trainer: Trainer) -> int:
     """Measure the bytes that autograd keeps for one training step on the longest examples, at their peak."""
-    from hf_blocklocal.memory import ActivationMeter
+    from hf_blocklocal.records.memory import ActivationMeter
 
     longest = next(name for name in ("input_ids", "input_values", "pixel_values") if name in trainer.train_dataset[0])
     rows = sorted(trainer.train_dataset, key=lambda row: len(row[longest]), reverse=True)

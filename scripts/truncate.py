@@ -22,10 +22,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from recipes import Run, read_run
+
 
 if TYPE_CHECKING:
     from torch.utils.data import DataLoader
-    from train import Run
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -66,8 +67,6 @@ def measured(options: argparse.Namespace) -> dict[str, list[Any]]:
 
 def run_of(options: argparse.Namespace) -> Run:
     """Return what the run was made from."""
-    from train import Run, read_run
-
     if options.config is not None:
         return read_run(options.config)
     path = options.run_dir / "result.json"
@@ -95,7 +94,7 @@ def loaders(run: Run, folder: Path, samples: int | None) -> tuple[DataLoader, Da
 def show(options: argparse.Namespace, rows: Mapping[str, Sequence[Any]]) -> None:
     """Print the table, write it as JSON and draw it."""
     from hf_blocklocal.depth import table
-    from hf_blocklocal.depth_plots import draw_depths
+    from hf_blocklocal.plots.depths import draw_depths
 
     plain = {name: [row.to_dict() for row in group] for name, group in rows.items()}
     (options.output / "depths.json").write_text(json.dumps(plain, indent=2) + "\n", encoding="utf-8")

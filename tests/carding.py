@@ -16,7 +16,7 @@ from hf_blocklocal.card import (
     Data,
     RunResult,
 )
-from hf_blocklocal.history import BlockOfCut
+from hf_blocklocal.records.history import BlockOfCut
 
 
 # What drafts of cards are full of, and what unfilled fields would look like.

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from hf_blocklocal import Assembly
-from hf_blocklocal.targets import Targets
+from hf_blocklocal.targets.batch import Targets
 
 
 def stepped(

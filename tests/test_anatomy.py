@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from zoo import SPECIMENS, build_wav2vec2
 
-from hf_blocklocal.anatomy import (
+from hf_blocklocal.anatomy.layers import (
     Stack,
     check_all_layers_run,
     check_layers_not_shared,
@@ -19,9 +19,9 @@ from hf_blocklocal.anatomy import (
     vocabulary_size,
 )
 from hf_blocklocal.assembly import assemble, check_structure
-from hf_blocklocal.config import BlockLocalConfig
+from hf_blocklocal.config.block_local import BlockLocalConfig
+from hf_blocklocal.cut.trace import trace_layers
 from hf_blocklocal.errors import CutError, LayersNotFoundError, SharedLayersError, UnsupportedSettingError
-from hf_blocklocal.trace import trace_layers
 
 
 STACKS = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -14,68 +15,38 @@ import hf_blocklocal
 
 PACKAGE = Path(__file__).parents[1] / "hf_blocklocal"
 FLOORS = [
-    ["errors"],
-    ["combinations", "crossing", "fitting", "generation", "lending", "loans", "values"],
-    [
-        "anatomy",
-        "anchor",
-        "bessel",
-        "compilation",
-        "config",
-        "data_parallel",
-        "extras",
-        "history",
-        "groups",
-        "memory",
-        "metrics",
-        "operations",
-        "optim",
-        "overlap",
-        "partition",
-        "provenance",
-        "signals",
-        "standin",
-        "targets",
-    ],
-    [
-        "bootstrap",
-        "copies",
-        "defaults",
-        "lane",
-        "tying",
-        "families",
-        "polish",
-        "sampling",
-        "scaler",
-        "scaling",
-        "spans",
-        "updates",
-    ],
-    ["asking", "losses", "model_costs"],
-    ["feedback", "placement"],
-    ["blocks", "card", "meters", "plots", "probe", "randomness", "reading", "settings"],
-    ["checkpoint", "depth_plots", "inlets", "trace", "watch"],
-    ["chunked", "needs"],
-    ["blueprint", "hub", "replay", "shortcut"],
-    ["denoising"],
-    ["step"],
-    ["building", "costs", "describing", "evaluation"],
-    ["balancing"],
-    ["assembly", "planning"],
-    ["portrait"],
+    ["errors", "crossing", "fitting", "metrics"],
+    ["extras", "optim", "targets"],
+    ["config", "losses", "records"],
+    ["anatomy", "card", "plots"],
+    ["cut"],
+    ["borrowing", "checkpoint"],
+    ["feedback", "hub"],
+    ["teaching"],
+    ["planning"],
+    ["assembly"],
     ["attaching", "callbacks", "depth", "parallel"],
     ["devices"],
     ["trainer"],
 ]
 FLOOR = {room: number for number, floor in enumerate(FLOORS) for room in floor}
 ALLOWED = {
-    "accelerate": {"compilation", "trainer"},
-    "torch.distributed": {"data_parallel", "parallel"},
-    "transformers": {"anatomy", "blueprint", "callbacks", "depth", "scaling", "settings", "trainer", "metrics"},
+    "accelerate": {"trainer"},
+    "torch.distributed": {"optim.data_parallel", "parallel"},
+    "transformers": {
+        "anatomy.layers",
+        "callbacks",
+        "config.settings",
+        "cut.blueprint",
+        "depth",
+        "metrics",
+        "targets.scaling",
+        "trainer",
+    },
     "datasets": {"metrics"},
     "evaluate": {"metrics"},
     "peft": set(),
-    "matplotlib": {"depth_plots", "plots"},
+    "matplotlib": {"plots"},
     "huggingface_hub": {"card", "hub"},
 }
 FILES = sorted(PACKAGE.rglob("*.py"))
@@ -83,6 +54,10 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 def room_of(path):
     return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def module_of(path):
+    return ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix(".__init__")
 
 
 def imports_of(path):
@@ -99,6 +74,12 @@ def test_every_room_has_a_floor():
     assert {room_of(path) for path in FILES} - {"__init__"} == set(FLOOR)
 
 
+def test_readme_shows_every_room():
+    section = (PACKAGE.parent / "README.md").read_text(encoding="utf-8").split("## Read the code")[1].split("\n## ")[0]
+    shown = set(re.findall(r"`(\w+)`", section.split("|---|---|")[1]))
+    assert shown == {room_of(path) for path in FILES if path.name == "__init__.py"} - {"__init__"}
+
+
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
 def test_imports_point_down(path):
     room = room_of(path)
@@ -110,12 +91,25 @@ def test_imports_point_down(path):
             assert other == room or FLOOR[other] < FLOOR[room], f"{room} must not import {other}"
 
 
+def test_no_files_import_each_other_in_a_circle():
+    paths = {f"hf_blocklocal.{module_of(path)}": path for path in FILES if path != PACKAGE / "__init__.py"}
+    above = {}
+    for module, path in paths.items():
+        named = paths.keys() & set(imports_of(path))
+        # `from room import file` is an import of the file.
+        above[module] = {name for name in named if not any(other.startswith(f"{name}.") for other in named)}
+    while free := [module for module, below in above.items() if not below & above.keys()]:
+        for module in free:
+            del above[module]
+    assert not above
+
+
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
 def test_foreign_libraries_stay_in_their_rooms(path):
     for name in imports_of(path):
-        for library, rooms in ALLOWED.items():
+        for library, places in ALLOWED.items():
             if name == library or name.startswith(f"{library}."):
-                assert room_of(path) in rooms, f"{path.name} imports {name}"
+                assert {room_of(path), module_of(path)} & places, f"{module_of(path)} imports {name}"
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
@@ -136,13 +130,13 @@ def test_checkers_of_types_read_the_same_names():
     for node in ast.walk(ast.parse((PACKAGE / "__init__.py").read_text(encoding="utf-8"))):
         if isinstance(node, ast.ImportFrom) and node.module.startswith("hf_blocklocal."):
             named |= {alias.name: node.module for alias in node.names}
-    assert named == {name: f"hf_blocklocal.{room}" for name, room in hf_blocklocal._ROOM_OF.items()}
+    assert named == {name: f"hf_blocklocal.{module}" for name, module in hf_blocklocal._MODULE_OF.items()}
     assert named.keys() == set(hf_blocklocal.__all__)
     with pytest.raises(AttributeError, match="has no attribute 'assembel'"):
         hf_blocklocal.assembel  # noqa: B018
 
 
-@pytest.mark.parametrize("module", ["hf_blocklocal", "hf_blocklocal.plots", "hf_blocklocal.depth_plots"])
+@pytest.mark.parametrize("module", ["hf_blocklocal", "hf_blocklocal.plots", "hf_blocklocal.plots.depths"])
 def test_what_needs_no_model_does_not_wait_for_torch(module):
     code = f"import sys, {module}; sys.exit({{'torch', 'transformers', 'matplotlib'}} & sys.modules.keys() or 0)"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)

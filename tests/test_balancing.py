@@ -10,9 +10,9 @@ from transformers import BertConfig, BertForSequenceClassification
 from zoo import SPECIMENS
 
 from hf_blocklocal import BlockLocalConfig, assemble
-from hf_blocklocal.anatomy import find_stacks
-from hf_blocklocal.balancing import balanced_cut, operations_of_heads
-from hf_blocklocal.trace import trace_layers
+from hf_blocklocal.anatomy.layers import find_stacks
+from hf_blocklocal.cut.trace import trace_layers
+from hf_blocklocal.planning.balancing import balanced_cut, operations_of_heads
 
 
 OWN, BORROWED = {"head_layers": 0}, {"head_layers": 1}

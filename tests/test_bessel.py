@@ -9,7 +9,7 @@ import pytest
 import torch
 from scipy.special import gammaln, ive
 
-from hf_blocklocal.bessel import log_partition_of_square, mean_over_parameter
+from hf_blocklocal.losses.bessel import log_partition_of_square, mean_over_parameter
 
 
 DIMENSIONS = [2, 3, 4, 5, 16, 33, 34, 35, 128, 512, 1000]

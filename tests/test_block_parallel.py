@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 from test_data_parallel import free_port
 
-from hf_blocklocal.history import HISTORY_NAME, Timeline, read_history
+from hf_blocklocal.records.history import HISTORY_NAME, Timeline, read_history
 
 
 # The first test waits for all runs.

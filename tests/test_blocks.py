@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import nn
 
-from hf_blocklocal.blocks import Boundaries, Cut
+from hf_blocklocal.cut.blocks import Boundaries, Cut
+from hf_blocklocal.cut.partition import Span, spans_from_boundaries
+from hf_blocklocal.cut.trace import reached_parameters
 from hf_blocklocal.errors import BoundaryNotReachedError
-from hf_blocklocal.partition import Span, spans_from_boundaries
-from hf_blocklocal.trace import reached_parameters
 
 
 def test_the_parameters_that_a_backward_pass_would_reach_are_those_it_reaches():

@@ -14,11 +14,11 @@ from transformers import Trainer
 from zoo import SPECIMENS
 
 from hf_blocklocal import BlockLocalConfig, BlockLocalTrainer, assemble
-from hf_blocklocal.bootstrap import bootstrap_weight
 from hf_blocklocal.errors import TargetError
-from hf_blocklocal.families import FAMILIES
 from hf_blocklocal.feedback import FeedbackHead, LinearReadout
-from hf_blocklocal.targets import Targets, Task, read_targets
+from hf_blocklocal.losses.families import FAMILIES
+from hf_blocklocal.targets.batch import Targets, Task, read_targets
+from hf_blocklocal.teaching.bootstrap import bootstrap_weight
 
 
 B, S, D, Z = 4, 3, 6, 4

@@ -8,7 +8,7 @@ from menagerie import MENAGERIE
 from torch import nn
 
 from hf_blocklocal import BlockLocalConfig, assemble
-from hf_blocklocal.lending import statistics_kept, statistics_of
+from hf_blocklocal.anatomy.lending import statistics_kept, statistics_of
 
 
 RESNET = MENAGERIE["resnet"]

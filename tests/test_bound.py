@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from hf_blocklocal.families import FAMILIES, get_family
+from hf_blocklocal.losses.families import FAMILIES, get_family
 
 
 N, Z, C = 6, 3, 4

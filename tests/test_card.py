@@ -33,11 +33,11 @@ from hf_blocklocal.card import (
     render,
 )
 from hf_blocklocal.card.tables import NO_BASELINE, duration
-from hf_blocklocal.describing import sizes, taught_by
 from hf_blocklocal.errors import CardError
 from hf_blocklocal.feedback import FEEDBACK
-from hf_blocklocal.history import Memory, StepTime
 from hf_blocklocal.losses import LOSSES
+from hf_blocklocal.planning.describing import sizes, taught_by
+from hf_blocklocal.records.history import Memory, StepTime
 
 
 @pytest.fixture(scope="module")

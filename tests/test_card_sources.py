@@ -28,8 +28,8 @@ from hf_blocklocal.card import (
     render,
     write_card,
 )
-from hf_blocklocal.history import Memory, StepTime
 from hf_blocklocal.losses import LOSSES
+from hf_blocklocal.records.history import Memory, StepTime
 
 
 def test_licence_and_language_are_inherited_from_the_card_beside_the_base_model(tmp_path):

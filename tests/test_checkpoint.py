@@ -11,13 +11,13 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from hf_blocklocal.blocks import Cut
 from hf_blocklocal.checkpoint import HEADS_NAME, load_heads_, save_heads
-from hf_blocklocal.config import BlockLocalConfig
+from hf_blocklocal.config.block_local import BlockLocalConfig
+from hf_blocklocal.cut.blocks import Cut
+from hf_blocklocal.cut.partition import spans_from_boundaries
 from hf_blocklocal.errors import HeadsMismatchError
 from hf_blocklocal.feedback import build_head
-from hf_blocklocal.partition import spans_from_boundaries
-from hf_blocklocal.targets import Task
+from hf_blocklocal.targets.batch import Task
 
 
 def cut_at(*boundaries):

@@ -12,7 +12,7 @@ from zoo import LLAMA, SPECIMENS, build_tiny
 
 from hf_blocklocal import BlockLocalConfig, assemble
 from hf_blocklocal.errors import ConfigError, UnsupportedSettingError
-from hf_blocklocal.memory import ActivationMeter
+from hf_blocklocal.records.memory import ActivationMeter
 
 
 LANGUAGE_MODELS = ("gpt2", "llama", "mixtral")

@@ -8,7 +8,7 @@ from dataclasses import fields
 
 import pytest
 
-from hf_blocklocal.config import CONFIG_NAME, PRESETS, BlockLocalConfig
+from hf_blocklocal.config.block_local import CONFIG_NAME, PRESETS, BlockLocalConfig
 from hf_blocklocal.errors import ConfigError
 
 

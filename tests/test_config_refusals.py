@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from hf_blocklocal.config import BlockLocalConfig
+from hf_blocklocal.config.block_local import BlockLocalConfig
 from hf_blocklocal.errors import BlockLocalError, ConfigError
 
 

@@ -12,7 +12,7 @@ from transformers import TrainerCallback
 from zoo import SPECIMENS
 
 from hf_blocklocal import BlockLocalConfig, assemble
-from hf_blocklocal.copies import COPIES_NAME, Copies
+from hf_blocklocal.borrowing.copies import COPIES_NAME, Copies
 from hf_blocklocal.errors import CopiesMismatchError, UnsupportedSettingError
 
 

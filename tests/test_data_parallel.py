@@ -14,10 +14,10 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from hf_blocklocal import data_parallel
-from hf_blocklocal.data_parallel import GradientAverager, check_same_cut_everywhere
 from hf_blocklocal.errors import CutError
-from hf_blocklocal.history import HISTORY_NAME, StepTime, Training, read_history
+from hf_blocklocal.optim import data_parallel
+from hf_blocklocal.optim.data_parallel import GradientAverager, check_same_cut_everywhere
+from hf_blocklocal.records.history import HISTORY_NAME, StepTime, Training, read_history
 
 
 SCRIPT = Path(__file__).parent / "launched" / "data_parallel.py"

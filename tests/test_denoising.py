@@ -10,8 +10,8 @@ from transformers import AutoModelForTokenClassification, Cache
 from zoo import SPECIMENS, T5, build_tiny, tokens_batch
 
 from hf_blocklocal import BlockLocalConfig, assemble, denoising
-from hf_blocklocal.denoising import NOISE
 from hf_blocklocal.errors import InputsNeededError, UnsupportedSettingError
+from hf_blocklocal.teaching.denoising import NOISE
 
 
 TWO_STACKS = {"t5", "bart", "whisper"}
@@ -296,7 +296,7 @@ def test_without_the_inputs_nothing_can_run_again():
 
 def test_a_layer_whose_hidden_state_is_not_found_is_not_denoised(monkeypatch):
     model, batch = built("bert")
-    monkeypatch.setattr("hf_blocklocal.trace.given_hidden", lambda args, kwargs: None)
+    monkeypatch.setattr("hf_blocklocal.cut.trace.given_hidden", lambda args, kwargs: None)
     with pytest.raises(
         UnsupportedSettingError, match=r"and bert\.encoder\.layer\.0 of BertForSequenceClassification is"
     ):

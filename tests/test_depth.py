@@ -13,8 +13,8 @@ from zoo import SPECIMENS
 from hf_blocklocal import BlockLocalConfig, assemble, early_exit, truncate
 from hf_blocklocal.depth import measure, open_trained, sweep, table
 from hf_blocklocal.depth.example import example_batch
-from hf_blocklocal.depth_plots import draw_depths
 from hf_blocklocal.errors import TargetError, UnsupportedSettingError
+from hf_blocklocal.plots.depths import draw_depths
 
 
 def batches_of(name, count=3):

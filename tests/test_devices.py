@@ -16,8 +16,8 @@ from stepping import stepped
 from zoo import SPECIMENS as ZOO
 
 from hf_blocklocal import BlockLocalConfig, assemble, truncate
+from hf_blocklocal.config.defaults import settled
 from hf_blocklocal.crossing import sent, set_out, turn_to
-from hf_blocklocal.defaults import settled
 from hf_blocklocal.devices import hosting
 from hf_blocklocal.devices.copying import CopiesOnDevices, Pool
 from hf_blocklocal.devices.hosting import LABELS
@@ -281,7 +281,7 @@ def test_two_blocks_on_one_device_share_its_copies():
 
 
 def test_copies_on_several_devices_are_saved_once_and_loaded_everywhere(tmp_path):
-    from hf_blocklocal.copies import Copies
+    from hf_blocklocal.borrowing.copies import Copies
 
     def made():
         torch.manual_seed(0)

@@ -10,10 +10,10 @@ from torch.nn import functional as F
 from zoo import SPECIMENS
 
 from hf_blocklocal import BlockLocalConfig, assemble, evaluation
-from hf_blocklocal.evaluation import BlockScores, score
-from hf_blocklocal.families import get_family
 from hf_blocklocal.losses import Agreement, Contrast, Messages
-from hf_blocklocal.targets import Targets, Task
+from hf_blocklocal.losses.families import get_family
+from hf_blocklocal.targets.batch import Targets, Task
+from hf_blocklocal.teaching.evaluation import BlockScores, score
 
 
 def normal(*shape, seed=0):

@@ -14,7 +14,7 @@ from torch.distributions import Bernoulli, Categorical, Normal, VonMises, kl_div
 from torch.nn import functional as F
 
 from hf_blocklocal.errors import ConfigError
-from hf_blocklocal.families import FAMILIES, get_family
+from hf_blocklocal.losses.families import FAMILIES, get_family
 
 
 def messages(num_forward=5, num_backward=4, units=3, scale=2.0):

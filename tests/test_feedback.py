@@ -10,13 +10,13 @@ from torch.nn import functional as F
 from zoo import SPECIMENS
 
 from hf_blocklocal import BlockLocalConfig, assemble
-from hf_blocklocal.config import PRESETS
+from hf_blocklocal.config.block_local import PRESETS
 from hf_blocklocal.errors import BlockLocalError, TargetError
-from hf_blocklocal.families import FAMILIES
 from hf_blocklocal.feedback import FEEDBACK, DirectFeedback, LabelFeedback, build_head
 from hf_blocklocal.losses import LOSSES
-from hf_blocklocal.sampling import with_candidates
-from hf_blocklocal.targets import Task, read_targets
+from hf_blocklocal.losses.families import FAMILIES
+from hf_blocklocal.targets.batch import Task, read_targets
+from hf_blocklocal.targets.sampling import with_candidates
 
 
 B, S, D, C, E, Z = 4, 3, 6, 5, 7, 8

@@ -13,7 +13,7 @@ from zoo import SPECIMENS
 
 from hf_blocklocal import BlockLocalConfig
 from hf_blocklocal.errors import TargetError, UnsupportedSettingError
-from hf_blocklocal.groups import factors_by_block, scale_learning_rates_
+from hf_blocklocal.optim.groups import factors_by_block, scale_learning_rates_
 
 
 def blocks_of(model):

@@ -9,7 +9,7 @@ from training import make
 from zoo import SPECIMENS
 
 from hf_blocklocal import BlockLocalConfig, assemble
-from hf_blocklocal.families import FAMILIES, get_family
+from hf_blocklocal.losses.families import FAMILIES, get_family
 
 
 OWN_HEADS = BlockLocalConfig(num_blocks=2, head_layers=0)

@@ -14,7 +14,7 @@ from zoo import SPECIMENS
 from hf_blocklocal import BlockLocalConfig, BlockLocalTrainer
 from hf_blocklocal.callbacks import DriftCallback, HistoryCallback
 from hf_blocklocal.errors import HistoryError
-from hf_blocklocal.history import (
+from hf_blocklocal.records.history import (
     HISTORY_NAME,
     BlockOfCut,
     CutRow,

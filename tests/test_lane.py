@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from hf_blocklocal.history import Timeline
-from hf_blocklocal.lane import STEPS, Lane, work_between
+from hf_blocklocal.records.history import Timeline
+from hf_blocklocal.records.lane import STEPS, Lane, work_between
 
 
 @pytest.mark.parametrize(

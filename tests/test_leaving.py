@@ -10,8 +10,8 @@ from training import make, snapshot
 from transformers import TrainerCallback
 
 from hf_blocklocal import BlockLocalConfig
+from hf_blocklocal.config.settings import check_can_be_told_to_end
 from hf_blocklocal.errors import UnsupportedSettingError
-from hf_blocklocal.settings import check_can_be_told_to_end
 
 
 SAVING = BlockLocalConfig(num_blocks=2, save_on_exit=True)

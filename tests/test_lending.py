@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from hf_blocklocal.lending import replaced_tensors
+from hf_blocklocal.anatomy.lending import replaced_tensors
 
 
 def test_other_weights_and_statistics_stand_in_wherever_they_are_used():

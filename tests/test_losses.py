@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from hf_blocklocal.families import FAMILIES, get_family
 from hf_blocklocal.losses import LOSSES, Agreement, Contrast, LocalLoss, Messages
-from hf_blocklocal.targets import Candidates, Targets, Task
+from hf_blocklocal.losses.families import FAMILIES, get_family
+from hf_blocklocal.targets.batch import Candidates, Targets, Task
 
 
 N, C, Z = 6, 5, 4

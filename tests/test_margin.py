@@ -11,7 +11,7 @@ from zoo import SPECIMENS
 from hf_blocklocal import BlockLocalConfig, assemble
 from hf_blocklocal.errors import TargetError, UnsupportedSettingError
 from hf_blocklocal.losses.margin import satisfied
-from hf_blocklocal.targets import Candidates, Targets, Task
+from hf_blocklocal.targets.batch import Candidates, Targets, Task
 
 
 def test_a_class_is_satisfied_above_its_probability():

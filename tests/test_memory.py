@@ -9,7 +9,7 @@ from torch.utils.checkpoint import checkpoint
 from zoo import SPECIMENS
 
 from hf_blocklocal import BlockLocalConfig, assemble
-from hf_blocklocal.memory import ActivationMeter, TensorMeter
+from hf_blocklocal.records.memory import ActivationMeter, TensorMeter
 
 
 SIDE = 16

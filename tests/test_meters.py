@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from hf_blocklocal.meters import BlockLossMeter
+from hf_blocklocal.records.meters import BlockLossMeter
 
 
 CPU = torch.device("cpu")

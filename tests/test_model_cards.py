@@ -12,7 +12,7 @@ from huggingface_hub import ModelCard
 from test_configs import TRAIN, script
 
 from hf_blocklocal.card import BEGIN, END
-from hf_blocklocal.history import HISTORY_NAME, CutRow, Evaluation, read_history
+from hf_blocklocal.records.history import HISTORY_NAME, CutRow, Evaluation, read_history
 
 
 ROOT = Path(__file__).parents[1]

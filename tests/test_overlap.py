@@ -11,9 +11,9 @@ from training import hooks_left, make, snapshot, whole_and_resumed
 from zoo import SPECIMENS
 
 from hf_blocklocal import BlockLocalConfig, assemble
+from hf_blocklocal.cut.randomness import stream_per_block
 from hf_blocklocal.errors import LossNotSentBackError, UnsupportedSettingError
-from hf_blocklocal.memory import ActivationMeter
-from hf_blocklocal.randomness import stream_per_block
+from hf_blocklocal.records.memory import ActivationMeter
 
 
 # Models without trained side inputs: those of the others stay cut, as without overlap.

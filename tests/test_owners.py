@@ -6,10 +6,10 @@ import pytest
 from test_blocks import hooks_of, reach_of_blocks
 from zoo import SPECIMENS
 
-from hf_blocklocal.anatomy import find_stacks
-from hf_blocklocal.blocks import Boundaries
-from hf_blocklocal.config import BlockLocalConfig
-from hf_blocklocal.trace import owners_of, plan_cut, trace_layers, trace_reach
+from hf_blocklocal.anatomy.layers import find_stacks
+from hf_blocklocal.config.block_local import BlockLocalConfig
+from hf_blocklocal.cut.blocks import Boundaries
+from hf_blocklocal.cut.trace import owners_of, plan_cut, trace_layers, trace_reach
 
 
 # ---- Side inputs of real models ----

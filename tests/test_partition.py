@@ -7,8 +7,8 @@ from itertools import combinations, pairwise
 
 import pytest
 
+from hf_blocklocal.cut.partition import Span, boundaries_within_runs, cheapest_spans, even_spans, spans_from_boundaries
 from hf_blocklocal.errors import CutError
-from hf_blocklocal.partition import Span, boundaries_within_runs, cheapest_spans, even_spans, spans_from_boundaries
 
 
 def covers(spans, num_layers):

@@ -9,10 +9,10 @@ from itertools import combinations
 
 import pytest
 
+from hf_blocklocal.cut.partition import Span, spans_from_boundaries
 from hf_blocklocal.errors import CutError, PlacementError
-from hf_blocklocal.model_costs import HeadCosts, LayerCosts, ModelCosts, Weight
-from hf_blocklocal.partition import Span, spans_from_boundaries
-from hf_blocklocal.placement import Device, Memory, Upkeep, memory_of, place
+from hf_blocklocal.planning.model_costs import HeadCosts, LayerCosts, ModelCosts, Weight
+from hf_blocklocal.planning.placement import Device, Memory, Upkeep, memory_of, place
 
 
 MIB = 2**20

@@ -12,12 +12,20 @@ from packaging.version import Version
 from zoo import CLASSES, IGNORED, SPECIMENS
 
 from hf_blocklocal import BlockLocalConfig, assemble
-from hf_blocklocal.blueprint import Shape, build_inputs, build_model, loss_traits, read_config, task_of, without_memory
+from hf_blocklocal.cut.blueprint import (
+    Shape,
+    build_inputs,
+    build_model,
+    loss_traits,
+    read_config,
+    task_of,
+    without_memory,
+)
+from hf_blocklocal.cut.partition import Span
 from hf_blocklocal.errors import NonFiniteLossError, UnsupportedSettingError
-from hf_blocklocal.memory import ActivationMeter
-from hf_blocklocal.partition import Span
-from hf_blocklocal.planning import Setting, measure_costs
-from hf_blocklocal.watch import counter
+from hf_blocklocal.planning.measuring import Setting, measure_costs
+from hf_blocklocal.planning.watch import counter
+from hf_blocklocal.records.memory import ActivationMeter
 
 
 CASES = [

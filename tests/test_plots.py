@@ -18,8 +18,8 @@ from hf_blocklocal import BlockLocalConfig, BlockLocalTrainer
 from hf_blocklocal.callbacks import DriftCallback, GradientAlignmentCallback, LinearProbeCallback
 from hf_blocklocal.errors import MissingExtraError, NothingToDrawError
 from hf_blocklocal.extras import optional
-from hf_blocklocal.history import HISTORY_NAME, BlockOfCut, CutRow, Memory, Timeline, logged, write_history
 from hf_blocklocal.plots import draw, draw_run, find_source, spread
+from hf_blocklocal.records.history import HISTORY_NAME, BlockOfCut, CutRow, Memory, Timeline, logged, write_history
 
 
 ROOT = Path(__file__).parents[1]

@@ -11,7 +11,7 @@ from zoo import SPECIMENS
 
 from hf_blocklocal import BlockLocalConfig, BlockLocalTrainer
 from hf_blocklocal.errors import NonFiniteLossError
-from hf_blocklocal.polish import is_global
+from hf_blocklocal.teaching.polish import is_global
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import torch
 from torch.utils.data import IterableDataset
 
 from hf_blocklocal.errors import TargetError
-from hf_blocklocal.probe import first_batch, random_state_kept, with_own_generators
+from hf_blocklocal.targets.probe import first_batch, random_state_kept, with_own_generators
 
 
 def collate(examples):

@@ -9,8 +9,8 @@ from test_stage import NAMES
 from zoo import CONTINUE, SPECIMENS
 
 from hf_blocklocal import BlockLocalConfig, assemble
+from hf_blocklocal.cut.needs import trace_needs
 from hf_blocklocal.errors import SplitError, UnsupportedSettingError
-from hf_blocklocal.needs import trace_needs
 from hf_blocklocal.parallel.proof import check_block_alone
 from hf_blocklocal.parallel.stage import unneeded_here
 from hf_blocklocal.parallel.uses import check_heads_look_up, used_by_heads

@@ -13,7 +13,7 @@ from zoo import SPECIMENS
 from hf_blocklocal import BlockLocalConfig, assemble
 from hf_blocklocal.errors import HeadsMismatchError, UnsupportedSettingError
 from hf_blocklocal.losses import Reconstruction
-from hf_blocklocal.targets import Targets, Task
+from hf_blocklocal.targets.batch import Targets, Task
 
 
 NAMES = [name for name in SPECIMENS if name not in TWO_STACKS | {"albert"}]

@@ -9,8 +9,8 @@ import math
 import pytest
 import torch
 
-from hf_blocklocal.sampling import skip_ids, with_candidates
-from hf_blocklocal.targets import Targets, Task
+from hf_blocklocal.targets.batch import Targets, Task
+from hf_blocklocal.targets.sampling import skip_ids, with_candidates
 
 
 V, E = 12, 3

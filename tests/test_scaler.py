@@ -16,7 +16,7 @@ from zoo import SPECIMENS
 from hf_blocklocal import BlockLocalConfig
 from hf_blocklocal.devices import layout
 from hf_blocklocal.errors import UnsupportedSettingError
-from hf_blocklocal.scaler import BlockScaler, check_leaves_out, state_of_all
+from hf_blocklocal.optim.scaler import BlockScaler, check_leaves_out, state_of_all
 
 
 # The first layer of each of four blocks, where a gradient that is spoilt reaches the weights of that block alone.

@@ -8,9 +8,8 @@ from torch import nn
 from transformers import Seq2SeqTrainingArguments, TrainingArguments
 from zoo import SPECIMENS
 
-from hf_blocklocal.config import BlockLocalConfig
-from hf_blocklocal.errors import UnsupportedSettingError
-from hf_blocklocal.settings import (
+from hf_blocklocal.config.block_local import BlockLocalConfig
+from hf_blocklocal.config.settings import (
     check_arguments,
     check_block_parallel,
     check_launcher,
@@ -19,7 +18,8 @@ from hf_blocklocal.settings import (
     check_placement,
     check_spread,
 )
-from hf_blocklocal.targets import Task
+from hf_blocklocal.errors import UnsupportedSettingError
+from hf_blocklocal.targets.batch import Task
 
 
 CONFIG = BlockLocalConfig()

@@ -10,7 +10,7 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
 from hf_blocklocal.errors import UnsupportedSettingError
-from hf_blocklocal.optim import clip_block_
+from hf_blocklocal.optim.clipping import clip_block_
 from hf_blocklocal.parallel.sharding import check_can_be_sharded
 from hf_blocklocal.parallel.shards import check_is_elementwise
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers.modeling_outputs import BaseModelOutput
 
-from hf_blocklocal.signals import first_tensor, map_tensors
+from hf_blocklocal.anatomy.signals import first_tensor, map_tensors
 
 
 Pair = namedtuple("Pair", "left right")

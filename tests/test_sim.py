@@ -11,11 +11,11 @@ import torch
 from torch.nn import functional as F
 
 from hf_blocklocal import BlockLocalConfig
-from hf_blocklocal.config import PRESETS
+from hf_blocklocal.config.block_local import PRESETS
 from hf_blocklocal.errors import TargetError
 from hf_blocklocal.feedback import build_head
 from hf_blocklocal.losses import SimilarityMatching
-from hf_blocklocal.targets import Task, read_targets
+from hf_blocklocal.targets.batch import Task, read_targets
 
 
 B, S, D, C = 6, 3, 5, 4

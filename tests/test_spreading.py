@@ -17,9 +17,9 @@ from zoo import SPECIMENS
 
 from hf_blocklocal import BlockLocalConfig, BlockLocalTrainer, truncate
 from hf_blocklocal.callbacks import DriftCallback, GradientAlignmentCallback, LinearProbeCallback
+from hf_blocklocal.callbacks.portrait import devices_of
 from hf_blocklocal.devices import layout
 from hf_blocklocal.errors import NonFiniteLossError, UnsupportedSettingError
-from hf_blocklocal.portrait import devices_of
 
 
 LATE = {"head_refresh_steps": 2, "head_refresh_lag": 1}

@@ -9,9 +9,9 @@ import torch
 from zoo import SPECIMENS
 
 from hf_blocklocal import BlockLocalConfig, assemble
-from hf_blocklocal.blocks import EndOfBlock
-from hf_blocklocal.lending import replaced_tensors
-from hf_blocklocal.needs import trace_needs
+from hf_blocklocal.anatomy.lending import replaced_tensors
+from hf_blocklocal.cut.blocks import EndOfBlock
+from hf_blocklocal.cut.needs import trace_needs
 from hf_blocklocal.parallel.stage import Stage, let_go_, unneeded_here
 
 

@@ -7,8 +7,8 @@ import torch
 from zoo import SPECIMENS
 
 from hf_blocklocal import BlockLocalConfig, assemble
+from hf_blocklocal.anatomy.standin import stand_in
 from hf_blocklocal.errors import InputsNeededError
-from hf_blocklocal.standin import stand_in
 
 
 HEARD = {"whisper", "wav2vec2"}

@@ -11,12 +11,12 @@ from transformers import SwinConfig, SwinForImageClassification
 from zoo import SPECIMENS
 
 from hf_blocklocal import BlockLocalConfig, assemble, early_exit, truncate
+from hf_blocklocal.anatomy.signals import first_tensor
 from hf_blocklocal.checkpoint import save_heads
-from hf_blocklocal.defaults import settled
+from hf_blocklocal.config.defaults import settled
 from hf_blocklocal.depth import measure_depths
 from hf_blocklocal.depth.opening import open_trained
 from hf_blocklocal.errors import ConfigError, UnsupportedSettingError
-from hf_blocklocal.signals import first_tensor
 
 
 def straight_through(**options):

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from hf_blocklocal.copies import Copies
+from hf_blocklocal.borrowing.copies import Copies
 from hf_blocklocal.errors import OutOfStepError
 from hf_blocklocal.parallel import stream
 from hf_blocklocal.parallel.chain import Chain

@@ -8,11 +8,11 @@ import pytest
 import torch
 from zoo import SPECIMENS
 
-from hf_blocklocal.anatomy import shifts_labels, vocabulary_size
-from hf_blocklocal.config import BlockLocalConfig
+from hf_blocklocal.anatomy.layers import shifts_labels, vocabulary_size
+from hf_blocklocal.config.block_local import BlockLocalConfig
 from hf_blocklocal.errors import TargetError
 from hf_blocklocal.feedback import build_head
-from hf_blocklocal.targets import (
+from hf_blocklocal.targets.batch import (
     IGNORED,
     Targets,
     Task,

@@ -13,11 +13,11 @@ from transformers import Trainer
 from zoo import SPECIMENS
 
 from hf_blocklocal import BlockLocalConfig, assemble
+from hf_blocklocal.borrowing.copies import Copies
+from hf_blocklocal.borrowing.loans import Loan
 from hf_blocklocal.checkpoint import HEADS_NAME, load_heads_, save_heads
-from hf_blocklocal.copies import Copies
-from hf_blocklocal.defaults import settled
+from hf_blocklocal.config.defaults import settled
 from hf_blocklocal.errors import ConfigError, CopiesMismatchError
-from hf_blocklocal.loans import Loan
 
 
 LENT = [{"1.weight", "2.weight"}, {"2.weight"}]

@@ -20,10 +20,10 @@ from test_block_parallel import CHAINS, FOUR, SAVED, SCRIPT, assert_same, logs_o
 from test_data_parallel import free_port
 
 from hf_blocklocal.errors import FolderNotSharedError
-from hf_blocklocal.history import HISTORY_NAME, Timeline, read_history
 from hf_blocklocal.parallel import folders
 from hf_blocklocal.parallel.clocks import Answer, ahead_by
 from hf_blocklocal.parallel.machines import names_of
+from hf_blocklocal.records.history import HISTORY_NAME, Timeline, read_history
 
 
 CONFIG = Path(__file__).parents[1] / "configs" / "accelerate" / "nodes_2.yaml"

@@ -11,9 +11,10 @@ from typing import Any
 
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from hf_blocklocal.data_parallel import gather_from_processes
+from hf_blocklocal.callbacks.portrait import blocks_of, devices_of
 from hf_blocklocal.errors import HistoryError
-from hf_blocklocal.history import (
+from hf_blocklocal.optim.data_parallel import gather_from_processes
+from hf_blocklocal.records.history import (
     HISTORY_NAME,
     CutRow,
     Memory,
@@ -26,9 +27,8 @@ from hf_blocklocal.history import (
     resumed,
     write_history,
 )
-from hf_blocklocal.lane import Lane
-from hf_blocklocal.memory import name_of, peaks_so_far
-from hf_blocklocal.portrait import blocks_of, devices_of
+from hf_blocklocal.records.lane import Lane
+from hf_blocklocal.records.memory import name_of, peaks_so_far
 
 
 logger = logging.getLogger(__name__)

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 from transformers import Trainer
 
+from hf_blocklocal.anatomy.signals import first_tensor
 from hf_blocklocal.callbacks.base import BlockCallback, check_whole_model_here, collated, undisturbed
 from hf_blocklocal.errors import TargetError, UnsupportedSettingError
-from hf_blocklocal.signals import first_tensor
-from hf_blocklocal.targets import Alignment, Targets, choose_alignment, read_targets
+from hf_blocklocal.targets.batch import Alignment, Targets, choose_alignment, read_targets
 
 
 class RidgeClassifier:

@@ -14,6 +14,13 @@ from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from hf_blocklocal.callbacks.history import HistoryCallback
+from hf_blocklocal.callbacks.portrait import (
+    blocks_of,
+    citations_of,
+    devices_of,
+    reaches_all_layers,
+    share_of_global_steps,
+)
 from hf_blocklocal.callbacks.tasks import task_of
 from hf_blocklocal.card import (
     FIELDS,
@@ -27,9 +34,8 @@ from hf_blocklocal.card import (
     read_template,
     write_card,
 )
-from hf_blocklocal.history import CutRow, Memory, StepTime
-from hf_blocklocal.portrait import blocks_of, citations_of, devices_of, reaches_all_layers, share_of_global_steps
-from hf_blocklocal.provenance import commit, hardware, versions
+from hf_blocklocal.records.history import CutRow, Memory, StepTime
+from hf_blocklocal.records.provenance import commit, hardware, versions
 
 
 # Where things go and who is told; tokens, which are secrets; and what only says how the loop is to talk.

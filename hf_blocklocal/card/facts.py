@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from hf_blocklocal.errors import CardError
-from hf_blocklocal.history import BlockOfCut, Memory, StepTime
+from hf_blocklocal.records.history import BlockOfCut, Memory, StepTime
 
 
 OF_BLOCK = re.compile(r"(?P<set>.+_)?block_(?P<block>\d+)_(?P<name>loss|accuracy)")

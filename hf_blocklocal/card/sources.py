@@ -15,7 +15,7 @@ from huggingface_hub.errors import HFValidationError
 
 from hf_blocklocal.card.facts import BaseModel, Data, RunResult
 from hf_blocklocal.errors import CardError, HistoryError
-from hf_blocklocal.history import HISTORY_NAME, Logged, read_history
+from hf_blocklocal.records.history import HISTORY_NAME, Logged, read_history
 
 
 STATE_NAME = "trainer_state.json"

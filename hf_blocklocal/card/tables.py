@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 
 from hf_blocklocal.card.facts import CardFacts, RunResult
-from hf_blocklocal.history import STRAIGHT_PAST, TRAINED_COPIES
+from hf_blocklocal.records.history import STRAIGHT_PAST, TRAINED_COPIES
 
 
 NO_BASELINE = (

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_blocklocal.errors import NonFiniteLossError, TruncationError
-from hf_blocklocal.targets import has_labels
+from hf_blocklocal.targets.batch import has_labels
 
 
 def fit_(

@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_blocklocal.anatomy import is_encoder_decoder, vocabulary_size
+from hf_blocklocal.anatomy.layers import is_encoder_decoder, vocabulary_size
+from hf_blocklocal.cut.trace import evaluation_mode
 from hf_blocklocal.errors import UnsupportedSettingError
-from hf_blocklocal.spans import span_logits
-from hf_blocklocal.trace import evaluation_mode
+from hf_blocklocal.targets.spans import span_logits
 
 
 SAMPLES, TOKENS, WAVE = 2, 8, 3200

@@ -16,12 +16,12 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from hf_blocklocal.blocks import Cut
+from hf_blocklocal.anatomy.signals import first_tensor, map_tensors
+from hf_blocklocal.cut.blocks import Cut
+from hf_blocklocal.cut.trace import evaluation_mode, reached_parameters
 from hf_blocklocal.feedback import FeedbackHead, LinearReadout, MLPReadout
 from hf_blocklocal.losses import Agreement, Contrast
-from hf_blocklocal.signals import first_tensor, map_tensors
-from hf_blocklocal.targets import Targets
-from hf_blocklocal.trace import evaluation_mode, reached_parameters
+from hf_blocklocal.targets.batch import Targets
 
 
 def parameters_behind_layers(model: nn.Module, last_layer: str, inputs: Mapping[str, Any]) -> dict[str, nn.Parameter]:

@@ -16,16 +16,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from hf_blocklocal.anatomy import is_encoder_decoder, vocabulary_size
+from hf_blocklocal.anatomy.layers import is_encoder_decoder, vocabulary_size
+from hf_blocklocal.cut.trace import evaluation_mode
 from hf_blocklocal.depth.calibration import on_device
 from hf_blocklocal.depth.exits import EarlyExit
 from hf_blocklocal.depth.opening import Opened
 from hf_blocklocal.depth.truncation import Fit, layers_kept, save, shortened
 from hf_blocklocal.errors import TargetError, TruncationError
-from hf_blocklocal.operations import operation_counter
-from hf_blocklocal.spans import answer_logits, has_spans
-from hf_blocklocal.targets import IGNORED, has_labels, labels_of
-from hf_blocklocal.trace import evaluation_mode
+from hf_blocklocal.records.operations import operation_counter
+from hf_blocklocal.targets.batch import IGNORED, has_labels, labels_of
+from hf_blocklocal.targets.spans import answer_logits, has_spans
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from hf_blocklocal.blocks import Cut
+from hf_blocklocal.cut.blocks import Cut
 from hf_blocklocal.errors import TruncationError
 
 

@@ -20,16 +20,16 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from hf_blocklocal.config import BlockLocalConfig
+from hf_blocklocal.borrowing.shortcut import borrowed_layers
+from hf_blocklocal.config.block_local import BlockLocalConfig
+from hf_blocklocal.cut.trace import evaluation_mode
 from hf_blocklocal.depth.calibration import fit_, on_device
 from hf_blocklocal.depth.expression import express_, input_embedding, last_layer_of, parameters_behind_layers
 from hf_blocklocal.depth.opening import Opened, Source, open_trained
 from hf_blocklocal.depth.shrinking import Kept, kept_of, with_layers
 from hf_blocklocal.errors import TruncationError
 from hf_blocklocal.feedback import FeedbackHead
-from hf_blocklocal.shortcut import borrowed_layers
-from hf_blocklocal.spans import SpanTargets, answer_logits
-from hf_blocklocal.trace import evaluation_mode
+from hf_blocklocal.targets.spans import SpanTargets, answer_logits
 
 
 logger = logging.getLogger(__name__)

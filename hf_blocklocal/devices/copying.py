@@ -12,7 +12,7 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor, nn
 
-from hf_blocklocal.copies import Copies
+from hf_blocklocal.borrowing.copies import Copies
 from hf_blocklocal.crossing import Underway, set_out
 
 

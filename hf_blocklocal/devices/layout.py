@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from hf_blocklocal.anatomy import find_stacks
-from hf_blocklocal.config import BlockLocalConfig
+from hf_blocklocal.anatomy.layers import find_stacks
+from hf_blocklocal.config.block_local import BlockLocalConfig
+from hf_blocklocal.cut.partition import boundaries_within_runs
 from hf_blocklocal.errors import UnsupportedSettingError
-from hf_blocklocal.partition import boundaries_within_runs
 
 
 @dataclass(frozen=True)

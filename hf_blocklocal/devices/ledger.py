@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from hf_blocklocal.errors import NonFiniteLossError
-from hf_blocklocal.optim import total_norm
-from hf_blocklocal.step import StepReport
+from hf_blocklocal.optim.clipping import total_norm
+from hf_blocklocal.teaching.step import StepReport
 
 
 class Ledger:

@@ -10,16 +10,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_blocklocal.anatomy import target_embedding
+from hf_blocklocal.anatomy.layers import target_embedding
 from hf_blocklocal.assembly import Assembly
 from hf_blocklocal.crossing import sent
+from hf_blocklocal.cut.trace import evaluation_mode
 from hf_blocklocal.devices.copying import CopiesOnDevices, Place, Pool
 from hf_blocklocal.devices.hosting import Hosting, block_order
 from hf_blocklocal.devices.twins import Twins, make_twin
 from hf_blocklocal.errors import UnsupportedSettingError
 from hf_blocklocal.parallel.uses import check_heads_look_up, used_by_heads
-from hf_blocklocal.targets import Targets
-from hf_blocklocal.trace import evaluation_mode
+from hf_blocklocal.targets.batch import Targets
 
 
 # Where a model keeps the hooks that it carries.

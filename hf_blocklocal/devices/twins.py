@@ -15,13 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_blocklocal.anatomy import input_embedding
+from hf_blocklocal.anatomy.layers import input_embedding
 from hf_blocklocal.assembly import Assembly
-from hf_blocklocal.blocks import Trail
+from hf_blocklocal.borrowing.shortcut import Shortcut
 from hf_blocklocal.crossing import sent
+from hf_blocklocal.cut.blocks import Trail
 from hf_blocklocal.devices.copying import Place, Pool
 from hf_blocklocal.devices.shadows import Shadows, pairs_of
-from hf_blocklocal.shortcut import Shortcut
 
 
 @dataclass(frozen=True)

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from torch import nn
 
-from hf_blocklocal.config import BlockLocalConfig
+from hf_blocklocal.config.block_local import BlockLocalConfig
 from hf_blocklocal.errors import TargetError
-from hf_blocklocal.families import get_family
 from hf_blocklocal.feedback.base import FeedbackNetwork
 from hf_blocklocal.feedback.chained import ChainedFeedback
 from hf_blocklocal.feedback.direct import DirectFeedback
@@ -16,7 +15,8 @@ from hf_blocklocal.feedback.lens import Lens
 from hf_blocklocal.feedback.prototype import PrototypeFeedback
 from hf_blocklocal.feedback.readout import READOUTS, LinearReadout, MLPReadout
 from hf_blocklocal.losses import LOSSES, Reconstruction, SimilarityMatching
-from hf_blocklocal.targets import Alignment, Task
+from hf_blocklocal.losses.families import get_family
+from hf_blocklocal.targets.batch import Alignment, Task
 
 
 FEEDBACK: dict[str, type[FeedbackNetwork]] = {

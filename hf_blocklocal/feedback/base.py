@@ -9,7 +9,7 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
-from hf_blocklocal.targets import Targets, Task
+from hf_blocklocal.targets.batch import Targets, Task
 
 
 class FeedbackNetwork(nn.Module, ABC):

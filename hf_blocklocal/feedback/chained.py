@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from hf_blocklocal.feedback.base import FeedbackNetwork
 from hf_blocklocal.feedback.direct import DirectFeedback
-from hf_blocklocal.targets import Targets, Task
+from hf_blocklocal.targets.batch import Targets, Task
 
 
 class ChainedFeedback(FeedbackNetwork):

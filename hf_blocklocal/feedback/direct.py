@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from hf_blocklocal.errors import TargetError
 from hf_blocklocal.feedback.base import FeedbackNetwork
 from hf_blocklocal.losses.base import KAPPEL2023
-from hf_blocklocal.targets import Targets, Task
+from hf_blocklocal.targets.batch import Targets, Task
 
 
 class DirectFeedback(FeedbackNetwork):

@@ -9,12 +9,12 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from hf_blocklocal.borrowing.loans import Loan
 from hf_blocklocal.feedback.base import FeedbackNetwork
 from hf_blocklocal.feedback.lens import Lens
-from hf_blocklocal.loans import Loan
 from hf_blocklocal.losses import LocalLoss, Messages, Reconstruction, SimilarityMatching
 from hf_blocklocal.losses.margin import satisfied
-from hf_blocklocal.targets import Alignment, Pooling, Targets
+from hf_blocklocal.targets.batch import Alignment, Pooling, Targets
 
 
 class FeedbackHead(nn.Module):

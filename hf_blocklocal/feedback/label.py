@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from hf_blocklocal.feedback.base import FeedbackNetwork
-from hf_blocklocal.targets import Targets, Task
+from hf_blocklocal.targets.batch import Targets, Task
 
 
 class LabelFeedback(FeedbackNetwork):

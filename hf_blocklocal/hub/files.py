@@ -8,11 +8,11 @@ import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from hf_blocklocal.anchor import ANCHOR_NAME
+from hf_blocklocal.borrowing.copies import COPIES_NAME
 from hf_blocklocal.checkpoint import HEADS_NAME
-from hf_blocklocal.config import CONFIG_NAME
-from hf_blocklocal.copies import COPIES_NAME
+from hf_blocklocal.config.block_local import CONFIG_NAME
 from hf_blocklocal.errors import NotPushableError
+from hf_blocklocal.optim.anchor import ANCHOR_NAME
 
 
 # What a run that goes on needs, and a model that is shared does not.

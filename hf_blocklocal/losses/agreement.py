@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from hf_blocklocal.losses.base import KAPPEL2023, LocalLoss, Messages
-from hf_blocklocal.targets import Targets
+from hf_blocklocal.targets.batch import Targets
 
 
 class Agreement(LocalLoss):

@@ -10,8 +10,8 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
-from hf_blocklocal.families import Family
-from hf_blocklocal.targets import Targets
+from hf_blocklocal.losses.families import Family
+from hf_blocklocal.targets.batch import Targets
 
 
 KAPPEL2023 = "Kappel et al. (2023), Block-local learning with probabilistic latent representations, arXiv 2305.14974"

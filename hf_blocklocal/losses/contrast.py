@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from hf_blocklocal.losses.base import KAPPEL2023, LocalLoss, Messages
-from hf_blocklocal.targets import Targets
+from hf_blocklocal.targets.batch import Targets
 
 
 class Contrast(LocalLoss):

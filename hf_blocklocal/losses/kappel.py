@@ -10,7 +10,7 @@ from torch import Tensor
 from hf_blocklocal.losses.agreement import Agreement
 from hf_blocklocal.losses.base import Messages
 from hf_blocklocal.losses.sim import centred_directions, evenly
-from hf_blocklocal.targets import occurrences
+from hf_blocklocal.targets.batch import occurrences
 
 
 PREDICTION = 0.5

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hf_blocklocal.targets import Targets
+from hf_blocklocal.targets.batch import Targets
 
 
 @torch.no_grad()

@@ -7,7 +7,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hf_blocklocal.targets import Targets, by_position
+from hf_blocklocal.targets.batch import Targets, by_position
 
 
 class Reconstruction(nn.Module):

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hf_blocklocal.targets import Targets
+from hf_blocklocal.targets.batch import Targets
 
 
 MOST_ROWS = 512

@@ -19,10 +19,10 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from hf_blocklocal.data_parallel import broadcast_from_first, sum_over_processes
+from hf_blocklocal.anatomy.signals import map_tensors
 from hf_blocklocal.errors import UnsupportedSettingError
+from hf_blocklocal.optim.data_parallel import broadcast_from_first, sum_over_processes
 from hf_blocklocal.parallel.chain import Chain
-from hf_blocklocal.signals import map_tensors
 
 
 class ShardedLayers:

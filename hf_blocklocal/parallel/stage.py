@@ -16,11 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_blocklocal.anatomy import input_embedding, output_embedding
-from hf_blocklocal.blocks import Boundaries
-from hf_blocklocal.lending import replaced_forward
-from hf_blocklocal.needs import Needs
-from hf_blocklocal.signals import hands_on, map_tensors
+from hf_blocklocal.anatomy.layers import input_embedding, output_embedding
+from hf_blocklocal.anatomy.lending import replaced_forward
+from hf_blocklocal.anatomy.signals import hands_on, map_tensors
+from hf_blocklocal.cut.blocks import Boundaries
+from hf_blocklocal.cut.needs import Needs
 
 
 class Stage:

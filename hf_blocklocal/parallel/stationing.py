@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hf_blocklocal.anatomy.lending import replaced_tensors
 from hf_blocklocal.assembly import Assembly
-from hf_blocklocal.blocks import Boundaries
+from hf_blocklocal.cut.blocks import Boundaries
 from hf_blocklocal.errors import BatchMismatchError, UnsupportedSettingError
-from hf_blocklocal.lending import replaced_tensors
 from hf_blocklocal.parallel.batches import described, facts_of
 from hf_blocklocal.parallel.chain import Chain
 from hf_blocklocal.parallel.exchange import WeightExchange

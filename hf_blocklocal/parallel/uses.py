@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_blocklocal.anatomy import outputs_not_recorded
+from hf_blocklocal.anatomy.layers import outputs_not_recorded
 from hf_blocklocal.assembly import Assembly
+from hf_blocklocal.cut.needs import everything_trainable
+from hf_blocklocal.cut.trace import evaluation_mode, reached_parameters
 from hf_blocklocal.errors import UnsupportedSettingError
-from hf_blocklocal.needs import everything_trainable
-from hf_blocklocal.trace import evaluation_mode, reached_parameters
 
 
 def used_by_heads(assembly: Assembly, inputs: Mapping[str, Any]) -> list[set[str]]:

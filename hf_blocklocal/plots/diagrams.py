@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from hf_blocklocal.history import BlockOfCut, CutRow, Memory, Timeline
 from hf_blocklocal.plots.style import GREY, INK, canvas, shades
+from hf_blocklocal.records.history import BlockOfCut, CutRow, Memory, Timeline
 
 
 STOP = "#b3261e"

@@ -10,10 +10,10 @@ from typing import Any
 
 from hf_blocklocal.errors import NothingToDrawError
 from hf_blocklocal.extras import optional
-from hf_blocklocal.history import HISTORY_NAME, CutRow, Logged, Memory, Row, Timeline, read_history
 from hf_blocklocal.plots.curves import draw_curves
 from hf_blocklocal.plots.diagrams import draw_cut, draw_memory, draw_timeline
 from hf_blocklocal.plots.style import STYLE
+from hf_blocklocal.records.history import HISTORY_NAME, CutRow, Logged, Memory, Row, Timeline, read_history
 
 
 STATE_NAME = "trainer_state.json"

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from hf_blocklocal.evaluation import BlockScores
-from hf_blocklocal.targets import has_labels
+from hf_blocklocal.targets.batch import has_labels
+from hf_blocklocal.teaching.evaluation import BlockScores
 from hf_blocklocal.trainer.spreading import SpreadsBlocks
 
 

@@ -9,8 +9,8 @@ from pathlib import Path
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import get_last_checkpoint
 
-from hf_blocklocal.config import CONFIG_NAME, BlockLocalConfig
-from hf_blocklocal.defaults import borrowing_as
+from hf_blocklocal.config.block_local import CONFIG_NAME, BlockLocalConfig
+from hf_blocklocal.config.defaults import borrowing_as
 from hf_blocklocal.errors import FetchError
 from hf_blocklocal.hub import fetch_checkpoint
 from hf_blocklocal.parallel.folders import check_checkpoint_everywhere, check_shared

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_blocklocal.blocks import EndOfBlock
-from hf_blocklocal.data_parallel import sum_over_processes
+from hf_blocklocal.cut.blocks import EndOfBlock
 from hf_blocklocal.errors import BlockPeerError
+from hf_blocklocal.optim.data_parallel import sum_over_processes
 from hf_blocklocal.parallel.pooling import sum_over_blocks
 from hf_blocklocal.trainer.resuming import FindsCheckpoints
 

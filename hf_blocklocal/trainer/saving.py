@@ -10,10 +10,10 @@ import torch
 from torch import nn
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 
-from hf_blocklocal.anchor import Anchor
+from hf_blocklocal.borrowing.copies import Copies, check_no_copies_are_left_out
 from hf_blocklocal.checkpoint import check_same_cut, load_heads_, save_heads
-from hf_blocklocal.copies import Copies, check_no_copies_are_left_out
 from hf_blocklocal.hub import fetch
+from hf_blocklocal.optim.anchor import Anchor
 from hf_blocklocal.parallel.stationing import Whole
 from hf_blocklocal.trainer.spreading import SpreadsBlocks
 from hf_blocklocal.trainer.streaming import ConvertedError, can_be_streamed, saved_one_by_one

@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 from transformers.trainer import SCALER_NAME
 
+from hf_blocklocal.optim.scaler import BlockScaler, check_leaves_out, state_of_all
 from hf_blocklocal.parallel.gathering import gathered_at_first
-from hf_blocklocal.scaler import BlockScaler, check_leaves_out, state_of_all
 from hf_blocklocal.trainer.spreading import SpreadsBlocks
 
 

@@ -11,7 +11,7 @@ from torch import nn
 from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments
 
 from hf_blocklocal.errors import UnsupportedSettingError
-from hf_blocklocal.generation import check_generation
+from hf_blocklocal.trainer.generation import check_generation
 from hf_blocklocal.trainer.training import BlockLocalTrainer
 
 

@@ -9,13 +9,13 @@ import torch
 from accelerate.hooks import remove_hook_from_submodules
 from torch import Tensor, nn
 
+from hf_blocklocal.config.settings import check_model_given, check_outputs_of_all_layers, check_spread
 from hf_blocklocal.devices.layout import Layout, find_layout
 from hf_blocklocal.devices.ledger import Ledger
 from hf_blocklocal.devices.spreading import Spread, gather_
-from hf_blocklocal.settings import check_model_given, check_outputs_of_all_layers, check_spread
-from hf_blocklocal.step import StepReport
+from hf_blocklocal.optim.updates import BlockUpdates
+from hf_blocklocal.teaching.step import StepReport
 from hf_blocklocal.trainer.placing import PlacesBlocks
-from hf_blocklocal.updates import BlockUpdates
 
 
 _APART = "blocks on several devices"

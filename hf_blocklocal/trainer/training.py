@@ -14,28 +14,28 @@ from accelerate.utils import send_to_device
 from torch import Tensor, nn
 from transformers import Trainer
 
-from hf_blocklocal.anchor import Anchor
 from hf_blocklocal.assembly import Assembly, assemble, check_structure, name_of_original
-from hf_blocklocal.bootstrap import bootstrap_weight
-from hf_blocklocal.compilation import layers_compiled
-from hf_blocklocal.config import BlockLocalConfig
-from hf_blocklocal.data_parallel import broadcast_from_first
-from hf_blocklocal.errors import NonFiniteLossError
-from hf_blocklocal.evaluation import BlockScores
-from hf_blocklocal.meters import BlockLossMeter
-from hf_blocklocal.optim import add_heads_, check_steps_by_block
-from hf_blocklocal.polish import is_global
-from hf_blocklocal.probe import dataset_to_trace, first_batch, random_state_kept, with_own_generators
-from hf_blocklocal.scaling import custom_loss, loss_scale
-from hf_blocklocal.settings import (
+from hf_blocklocal.config.block_local import BlockLocalConfig
+from hf_blocklocal.config.settings import (
     check_arguments,
     check_launcher,
     check_loss_settings,
     check_placement,
     checked_config,
 )
-from hf_blocklocal.step import StepReport
+from hf_blocklocal.errors import NonFiniteLossError
+from hf_blocklocal.optim.anchor import Anchor
+from hf_blocklocal.optim.clipping import add_heads_, check_steps_by_block
+from hf_blocklocal.optim.data_parallel import broadcast_from_first
+from hf_blocklocal.records.meters import BlockLossMeter
+from hf_blocklocal.targets.probe import dataset_to_trace, first_batch, random_state_kept, with_own_generators
+from hf_blocklocal.targets.scaling import custom_loss, loss_scale
+from hf_blocklocal.teaching.bootstrap import bootstrap_weight
+from hf_blocklocal.teaching.evaluation import BlockScores
+from hf_blocklocal.teaching.polish import is_global
+from hf_blocklocal.teaching.step import StepReport
 from hf_blocklocal.trainer.cards import WritesCards
+from hf_blocklocal.trainer.compilation import layers_compiled
 from hf_blocklocal.trainer.evaluating import EvaluatesBlocks
 from hf_blocklocal.trainer.overriding import ChecksOverrides
 from hf_blocklocal.trainer.pushing import PushesRuns

@@ -66,7 +66,7 @@ class Row:
         Raises:
             ConfigError: If this version of the package does not know the preset or a field.
         """
-        from hf_blocklocal.defaults import settled
+        from hf_blocklocal.config.defaults import settled
 
         settings: dict[str, Any] = {"method": self.method, "num_blocks": num_blocks}
         if self.method == "lora":

@@ -198,7 +198,7 @@ def with_adapters(model: Any, task: Task) -> Any:
     from peft import LoraConfig, get_peft_model
     from torch import nn
 
-    from hf_blocklocal.anatomy import find_stacks
+    from hf_blocklocal.anatomy.layers import find_stacks
 
     layers = tuple(path for stack in find_stacks(model, None) for path in stack.layers)
     linear = [

@@ -74,7 +74,7 @@ def run(task: Any, prepared: Path, what: str, blocks: int | None, rate: float, *
     from transformers import PrinterCallback, Trainer
 
     from hf_blocklocal import BlockLocalConfig, BlockLocalTrainer
-    from hf_blocklocal.memory import ActivationMeter, TensorMeter
+    from hf_blocklocal.records.memory import ActivationMeter, TensorMeter
 
     data = load_data(prepared)
     model = task.model(prepared, seed)

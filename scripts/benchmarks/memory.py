@@ -136,7 +136,7 @@ def measure(
 
 def meter_steps_(trainer: Any, device: str) -> list[dict[str, int | None]]:
     """Let a trainer measure its own forward and backward passes. Returns the list that it will fill."""
-    from hf_blocklocal.memory import ActivationMeter, TensorMeter
+    from hf_blocklocal.records.memory import ActivationMeter, TensorMeter
 
     peaks: list[dict[str, int | None]] = []
     step = trainer.training_step

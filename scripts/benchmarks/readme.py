@@ -81,8 +81,8 @@ def sections() -> dict[str, str]:
 def quickstart(report: dict[str, Any]) -> list[str]:
     """The table that `make quickstart` ends with."""
     sys.path.insert(0, str(HERE.parent))
+    from recipes import Outcome
     from reporting import report as table
-    from train import Outcome
 
     versions = ", ".join(f"{name} {version}" for name, version in report["versions"].items())
     return [

@@ -12,7 +12,7 @@ from hf_blocklocal.errors import TargetError
 
 if TYPE_CHECKING:
     from datasets import DatasetDict
-    from train import Run
+    from recipes import Run
 
 
 @dataclass(frozen=True)

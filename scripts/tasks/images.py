@@ -9,7 +9,7 @@ from tasks.base import Kit, Prepared, both_ways, build_model, load_splits, names
 
 
 if TYPE_CHECKING:
-    from train import Run
+    from recipes import Run
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from tasks.base import Kit, Prepared, build_model, load_splits, load_tokenizer
 
 
 if TYPE_CHECKING:
-    from train import Run
+    from recipes import Run
 
 # Answers of more tokens are not looked for.
 LONGEST = 64

@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from hf_blocklocal.targets import IGNORED
+from hf_blocklocal.targets.batch import IGNORED
 from tasks.base import Kit, Prepared, build_model, load_splits, load_tokenizer
 
 
 if TYPE_CHECKING:
-    from train import Run
+    from recipes import Run
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from tasks.base import Kit, Prepared, both_ways, build_model, load_splits, load_
 
 if TYPE_CHECKING:
     from datasets import DatasetDict
-    from train import Run
+    from recipes import Run
 
 
 @dataclass(frozen=True)

@@ -6,12 +6,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from hf_blocklocal.errors import TargetError
-from hf_blocklocal.targets import IGNORED
+from hf_blocklocal.targets.batch import IGNORED
 from tasks.base import Kit, Prepared, both_ways, build_model, load_splits, load_tokenizer
 
 
 if TYPE_CHECKING:
-    from train import Run
+    from recipes import Run
 
 
 @dataclass(frozen=True)
