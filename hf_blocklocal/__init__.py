@@ -20,7 +20,8 @@ if TYPE_CHECKING:
     from hf_blocklocal.errors import BlockLocalError
     from hf_blocklocal.feedback import FeedbackHead, build_head
     from hf_blocklocal.losses import LocalLoss
-    from hf_blocklocal.teaching.step import LocalStep, StepReport
+    from hf_blocklocal.teaching.report import StepReport
+    from hf_blocklocal.teaching.step import LocalStep
     from hf_blocklocal.trainer import BlockLocalMixin, BlockLocalSeq2SeqTrainer, BlockLocalTrainer
 
 
@@ -62,7 +63,8 @@ _MODULES = {
     "feedback": ("FeedbackHead", "build_head"),
     "losses": ("LocalLoss",),
     "cut.partition": ("Span",),
-    "teaching.step": ("LocalStep", "StepReport"),
+    "teaching.report": ("StepReport",),
+    "teaching.step": ("LocalStep",),
     "trainer": ("BlockLocalMixin", "BlockLocalSeq2SeqTrainer", "BlockLocalTrainer"),
 }
 _MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}

@@ -1,6 +1,8 @@
-"""What only a GPU can show: loss scaling in fp16, and memory that is really given back."""
+"""What only a GPU can show: loss scaling in fp16, memory that is really given back, and where the host waits."""
 
 from __future__ import annotations
+
+import warnings
 
 import pytest
 import torch
@@ -8,7 +10,7 @@ from test_parity import examples
 from transformers import Trainer, TrainingArguments
 from zoo import SPECIMENS
 
-from hf_blocklocal import BlockLocalConfig, BlockLocalTrainer
+from hf_blocklocal import BlockLocalConfig, BlockLocalTrainer, assemble
 
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
@@ -91,3 +93,38 @@ def test_scales_that_are_too_large_are_lowered_whenever_blocks_are_stepped(tmp_p
 @pytest.mark.parametrize("name", ["bert", "gpt2"])
 def test_stepping_each_block_at_once_changes_no_bit(name, precision, tmp_path):
     deferred_and_at_once(BlockLocalTrainer, tmp_path, name=name, **precision)
+
+
+@pytest.mark.parametrize("name", ["bert", "llama", "t5"])
+def test_heads_that_borrow_make_the_host_wait_no_more_often_than_the_model_does(name, monkeypatch):
+    specimen, gpu = SPECIMENS[name], torch.device("cuda")
+    batches = [{key: value.to(gpu) for key, value in specimen.batch(step).items()} for step in range(3)]
+
+    def waits_of(run):
+        run(batches[1])  # memory and libraries are there from the second run on
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            with warnings.catch_warnings(record=True) as heard:
+                warnings.simplefilter("always")
+                run(batches[2])
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        return sum("synchroniz" in str(warning.message) for warning in heard)
+
+    model = specimen.build().to(gpu).train()
+    model.config.use_cache = False
+    assembly = assemble(model, BlockLocalConfig(num_blocks=3), batches[0])
+
+    def taught(batch):
+        targets = assembly.read_targets(batch)
+        lesson = assembly.step.teach(
+            targets, scale=1.0, backward=torch.Tensor.backward, learned=lambda *_: None, inputs=batch, seed=(0,)
+        )
+        with lesson:
+            model(**batch).loss.backward()
+
+    plainly = waits_of(lambda batch: model(**batch).loss.backward())
+    read = waits_of(assembly.read_targets)
+    assert waits_of(taught) - read <= plainly
+    monkeypatch.setattr("hf_blocklocal.teaching.step.is_waited_for", lambda inputs: False)
+    assert waits_of(taught) - read > plainly

@@ -8,7 +8,7 @@ from several_devices import Machine, device
 
 from hf_blocklocal.devices.ledger import Ledger
 from hf_blocklocal.errors import NonFiniteLossError
-from hf_blocklocal.teaching.step import StepReport
+from hf_blocklocal.teaching.report import StepReport
 
 
 def losses(*values):

@@ -7,8 +7,8 @@ import torch
 from several_devices import CPU, Machine, device
 from torch import Tensor
 
+from hf_blocklocal.anatomy import answers
 from hf_blocklocal.crossing import sent
-from hf_blocklocal.devices import shadows
 from hf_blocklocal.devices.shadows import Shadows, pairs_of
 
 
@@ -101,7 +101,7 @@ def test_real_and_random_numbers_are_left_to_the_device(machine, make):
 
 def test_large_tensors_are_left_to_the_device(machine, monkeypatch):
     mask = sent(MASK, device(0))
-    monkeypatch.setattr(shadows, "LARGEST", 8)
+    monkeypatch.setattr(answers, "LARGEST", 8)
     with Shadows([(mask, MASK)]):
         assert mask.sum() == 5
         assert machine.waits == []

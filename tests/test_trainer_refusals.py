@@ -19,7 +19,7 @@ from hf_blocklocal.errors import (
     TargetError,
     UnsupportedSettingError,
 )
-from hf_blocklocal.teaching.step import StepReport
+from hf_blocklocal.teaching.report import StepReport
 
 
 def test_an_optimizer_and_scheduler_of_ones_own_are_refused(tmp_path):

@@ -12,7 +12,7 @@ from transformers import Trainer
 from hf_blocklocal.callbacks.base import BlockCallback, check_whole_model_here, collated, undisturbed
 from hf_blocklocal.errors import TargetError, UnsupportedSettingError
 from hf_blocklocal.targets.scaling import custom_loss
-from hf_blocklocal.teaching.step import StepReport
+from hf_blocklocal.teaching.report import StepReport
 
 
 Gradients = list[list[Tensor | None]]

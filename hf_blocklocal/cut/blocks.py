@@ -119,6 +119,7 @@ class Boundaries:
 
     Attributes:
         station: Where one of its blocks is at work, if the others are elsewhere; None where all of them are here.
+        layers: The layers, in the order of execution.
         exits: The last layer of every block but the last.
         carried: By stack of layers, positions and names of the side inputs that weights of other blocks have made and
             that are the same for all layers; a trail holds them. None are known at first.
@@ -138,8 +139,8 @@ class Boundaries:
         self.cut = cut
         self.station: Station | None = None
         self.carried: Mapping[int, Set[int | str]] = {}
-        self._layers = [model.get_submodule(path) for path in cut.layers]
-        self.exits = {block: self._layers[span.last] for block, span in enumerate(cut.spans[:-1])}
+        self.layers = [model.get_submodule(path) for path in cut.layers]
+        self.exits = {block: self.layers[span.last] for block, span in enumerate(cut.spans[:-1])}
         stacks = cut.stacks
         self._ends_of_stacks = [index for index in range(len(stacks) - 1) if stacks[index] != stacks[index + 1]]
         self._routers = {
@@ -173,21 +174,21 @@ class Boundaries:
         visit = self._visit = _Visit(here[: self.cut.num_blocks - 1 - here.start], leave, station, late, observe)
         with ExitStack() as stack:
             stack.enter_context(padding_kept())
-            for layer in self._layers:
+            for layer in self.layers:
                 stack.enter_context(hooks_outside_checkpoint(layer))
             for router, (block, index) in self._routers.items():
                 if block in here:
                     stack.callback(router.register_forward_hook(visit.tap(block, index), prepend=True).remove)
-            for index in range(self.cut.spans[here[0]].start, self.cut.spans[here[-1]].stop if self._layers else 0):
+            for index in range(self.cut.spans[here[0]].start, self.cut.spans[here[-1]].stop if self.layers else 0):
                 if not self.cut.owns_stack_start(index):
-                    layer, of_stack = self._layers[index], self.cut.stacks[index]
+                    layer, of_stack = self.layers[index], self.cut.stacks[index]
                     enter = visit.enter(index, of_stack, self.carried.get(of_stack, frozenset()))
                     stack.callback(layer.register_forward_pre_hook(enter, with_kwargs=True).remove)
                     stack.callback(layer.register_forward_hook(visit.remember).remove)
             for block in visit.expected:
                 stack.callback(self.exits[block].register_forward_hook(visit.leave(block)).remove)
             for index in self._ends_of_stacks:  # behind the hooks of the blocks, to see what those hand on
-                stack.callback(self._layers[index].register_forward_hook(visit.note_end(index)).remove)
+                stack.callback(self.layers[index].register_forward_hook(visit.note_end(index)).remove)
             if station is not None:
                 stack.enter_context(station.standing_in())
             stack.callback(visit.forget)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from hf_blocklocal.errors import NonFiniteLossError
 from hf_blocklocal.optim.clipping import total_norm
-from hf_blocklocal.teaching.step import StepReport
+from hf_blocklocal.teaching.report import StepReport
 
 
 class Ledger:

@@ -14,17 +14,11 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from hf_blocklocal.anatomy.answers import ASK, MAKE, changes, draws, is_small, tensors_in
 from hf_blocklocal.crossing import sent
 
 
-# Larger tensors, such as masks of all pairs of positions, are nothing that a model asks about.
-LARGEST = 1 << 18
-_ASK = (Tensor.__bool__, Tensor.__int__, Tensor.__float__, Tensor.__index__, Tensor.item, Tensor.tolist)
 _SEARCH = (Tensor.nonzero, torch.nonzero, torch.argwhere, Tensor.unique, torch.unique)
-_MAKE = (torch.arange, torch.ones, torch.zeros, torch.full)
-_OPERATORS = ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and", "or", "xor", "lshift", "rshift")
-_IN_PLACE = ("__setitem__", *(f"__i{name}__" for name in _OPERATORS))
-_DRAWS = ("rand", "bernoulli", "multinomial", "normal")
 _CPU = torch.device("cpu")
 
 
@@ -39,7 +33,7 @@ def pairs_of(placed: Mapping[str, Any], inputs: Mapping[str, Any]) -> list[tuple
     return [
         (placed[name], value.clone())
         for name, value in inputs.items()
-        if isinstance(value, Tensor) and value.device == _CPU and placed[name] is not value and _is_small(value)
+        if isinstance(value, Tensor) and value.device == _CPU and placed[name] is not value and is_small(value)
     ]
 
 
@@ -53,18 +47,18 @@ class Shadows(TorchFunctionMode):
     def __init__(self, pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
         super().__init__()
         # Each tensor is kept with its shadow, so that no other one can get its id.
-        self._known = {id(tensor): (tensor, shadow) for tensor, shadow in pairs if _is_small(tensor)}
+        self._known = {id(tensor): (tensor, shadow) for tensor, shadow in pairs if is_small(tensor)}
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Sequence[type], args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         """Run a function of torch, and once more on shadows, if all of its tensors have one."""
         kwargs = kwargs or {}
-        tensors = _tensors_in((*args, *kwargs.values()))
-        is_known = all(id(tensor) in self._known for tensor in tensors) and (tensors or func in _MAKE)
-        if not is_known or any(name in getattr(func, "__name__", "") for name in _DRAWS):
+        tensors = tensors_in((*args, *kwargs.values()))
+        is_known = all(id(tensor) in self._known for tensor in tensors) and (tensors or func in MAKE)
+        if not is_known or draws(func):
             return self._with_others(func, tensors, args, kwargs)
-        if func in _ASK:
+        if func in ASK:
             return func(self._known[id(args[0])][1], *args[1:], **kwargs)
         if func in _SEARCH or (func is torch.where and len(args) == 1):  # how much is found, only values can tell
             return self._found(func, args, kwargs)
@@ -73,7 +67,7 @@ class Shadows(TorchFunctionMode):
         if len({tensor.device for tensor in tensors if tensor.dim() > 0}) > 1:
             args, kwargs = self._brought(tensors[0].device, args, kwargs)
         result = func(*args, **kwargs)
-        if _changes(func, kwargs) or (isinstance(result, Tensor) and (_is_small(result) or func in _MAKE)):
+        if changes(func, kwargs) or (isinstance(result, Tensor) and (is_small(result) or func in MAKE)):
             shadow = self._run_on_shadows(func, args, kwargs)
             if isinstance(result, Tensor):
                 self._known[id(result)] = (result, shadow)
@@ -85,7 +79,7 @@ class Shadows(TorchFunctionMode):
         """Run a function on tensors of which not all have a shadow; those that have come to where the others are."""
         if not any(id(tensor) in self._known for tensor in tensors):
             return func(*args, **kwargs)
-        if _is_small(tensors[0]) and _changes(func, kwargs):
+        if is_small(tensors[0]) and changes(func, kwargs):
             self._known.clear()  # a shadow may have been changed, or what it is a view of
             return func(*args, **kwargs)
         others = [tensor.device for tensor in tensors if id(tensor) not in self._known]
@@ -124,7 +118,7 @@ class Shadows(TorchFunctionMode):
     def _found(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Return what a search in main memory has found, on the device."""
         device, found = args[0].device, self._run_on_shadows(func, args, kwargs)
-        shadows = _tensors_in([found])
+        shadows = tensors_in([found])
         results = [sent(shadow, device) for shadow in shadows]
         self._known |= {id(tensor): (tensor, shadow) for tensor, shadow in zip(results, shadows, strict=True)}
         return results[0] if isinstance(found, Tensor) else tuple(results)
@@ -138,7 +132,7 @@ class Shadows(TorchFunctionMode):
             return None
         shadow = shadow if dtype is None else shadow.to(dtype)
         moved = sent(shadow, device)
-        if _is_small(moved):
+        if is_small(moved):
             self._known[id(moved)] = (moved, shadow)
         return moved
 
@@ -148,24 +142,3 @@ class Shadows(TorchFunctionMode):
         if isinstance(value, list | tuple) and not isinstance(value, torch.Size):
             return type(value)(map(self._shadow_of, value))
         return _CPU if isinstance(value, torch.device) else value
-
-
-def _is_small(tensor: Tensor) -> bool:
-    return not tensor.is_floating_point() and not tensor.is_complex() and tensor.numel() <= LARGEST
-
-
-def _tensors_in(values: Iterable[Any]) -> list[Tensor]:
-    found = []
-    for value in values:
-        if isinstance(value, Tensor):
-            found.append(value)
-        elif isinstance(value, list | tuple):
-            found += _tensors_in(value)
-    return found
-
-
-def _changes(func: Callable[..., Any], kwargs: dict[str, Any]) -> bool:
-    """Tell whether a function changes a tensor that it is given."""
-    name = getattr(func, "__name__", "")
-    in_place = name in _IN_PLACE or (name.endswith("_") and not name.endswith("__"))
-    return in_place or kwargs.get("out") is not None

@@ -8,68 +8,26 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from hf_blocklocal.anatomy.answers import Answers, is_waited_for
 from hf_blocklocal.anatomy.layers import RouterLoss, outputs_not_recorded
 from hf_blocklocal.borrowing.shortcut import Shortcut
 from hf_blocklocal.cut.blocks import Boundaries
 from hf_blocklocal.cut.inlets import Inlets
 from hf_blocklocal.cut.randomness import stream_per_block
-from hf_blocklocal.errors import InputsNeededError, NonFiniteLossError
+from hf_blocklocal.errors import InputsNeededError
 from hf_blocklocal.feedback import FeedbackHead
 from hf_blocklocal.losses import Messages
 from hf_blocklocal.targets.batch import Targets
 from hf_blocklocal.teaching.chunked import ChunkedLoss
 from hf_blocklocal.teaching.denoising import Denoising
 from hf_blocklocal.teaching.overlap import Interlock
-
-
-@dataclass
-class StepReport:
-    """What the blocks have said in one step.
-
-    Attributes:
-        losses: Loss of each block that has learned so far, detached, scaled as it was sent back.
-        first: The block that the first of them is of: in a global step only the last block has one.
-        halves: For each block with a learned backward message, the two halves of its bound, summed over targets.
-        targets: How many targets those sums are over.
-    """
-
-    losses: list[Tensor] = field(default_factory=list)
-    first: int = 0
-    halves: list[Tensor] = field(default_factory=list)
-    targets: int = 0
-
-    def add(self, loss: Tensor, halves: Tensor | None, targets: int) -> None:
-        """Note what one more block has said of its targets."""
-        self.losses.append(loss.detach())
-        if halves is not None:
-            self.halves.append(halves)
-            self.targets = targets
-
-    def check_finite(self, step: int) -> None:
-        """Stop before a loss that is not a number reaches a weight.
-
-        Args:
-            step: Optimizer step under way, for the message.
-
-        Raises:
-            NonFiniteLossError: If the loss of a block is NaN or infinite.
-        """
-        device = self.losses[-1].device
-        finite = torch.stack([loss.float().to(device) for loss in self.losses]).isfinite().tolist()
-        if not all(finite):
-            index = finite.index(False)
-            raise NonFiniteLossError(
-                f"The loss of block {self.first + index} is {self.losses[index].item()} at step {step}. No weight "
-                "has been touched by it: those of this block are as after its last step, and finite. Look at the "
-                "data of this batch, lower the learning rate, or use bf16 instead of fp16; then resume from the "
-                "last checkpoint."
-            )
+from hf_blocklocal.teaching.report import StepReport
 
 
 @dataclass(frozen=True)
@@ -132,6 +90,7 @@ class LocalStep:
         self.devices: tuple[torch.device, ...] = ()
         self.bring: Callable[[int, Targets], Targets] = lambda block, targets: targets
         self.at_work: int | None = None
+        self._answers: Answers | None = None
 
     @contextmanager
     def teach(
@@ -206,7 +165,7 @@ class LocalStep:
 
         cut = self.boundaries.attached(leave, late=bootstrap > 0)
         # A stream begins when the block before has learned.
-        with self.watched(), cut, self._own_streams(lesson), self._own_loss():
+        with self.watched(), cut, self._own_streams(lesson), self._own_loss(), self._remembered(inputs):
             yield report
             send_back(last)
 
@@ -218,6 +177,19 @@ class LocalStep:
                     backward(loss, **options)
             finally:
                 self.at_work = None
+
+    @contextmanager
+    def _remembered(self, inputs: Mapping[str, Any] | None) -> Iterator[None]:
+        """Answer heads that borrow what the model has asked of its inputs, where asking makes the host wait."""
+        if self.shortcut is None or self.devices or not is_waited_for(inputs or {}):
+            yield
+            return
+        self._answers = Answers(inputs, self.boundaries.layers, self.boundaries.cut.stacks)
+        try:
+            with self._answers.attached():
+                yield
+        finally:
+            self._answers = None
 
     def _own_loss(self) -> AbstractContextManager[None]:
         """Let the model compute its own loss in chunks, but not where heads borrow the model."""
@@ -274,7 +246,8 @@ class LocalStep:
             )
         trail = self.boundaries.trail if hidden.requires_grad else self.boundaries.trail.detached()
         tokens_C = None if targets is None or targets.candidates is None else targets.candidates.ids_C
-        with self.boundaries.suspended():
+        answered = nullcontext() if self._answers is None else self._answers.running()
+        with self.boundaries.suspended(), answered:
             translated = self.heads[block].translate(hidden)
             return self.shortcut.logits(block, translated, inputs, trail, tokens_C, shortened=shortened)
 

@@ -14,7 +14,7 @@ from hf_blocklocal.devices.layout import Layout, find_layout
 from hf_blocklocal.devices.ledger import Ledger
 from hf_blocklocal.devices.spreading import Spread, gather_
 from hf_blocklocal.optim.updates import BlockUpdates
-from hf_blocklocal.teaching.step import StepReport
+from hf_blocklocal.teaching.report import StepReport
 from hf_blocklocal.trainer.placing import PlacesBlocks
 
 

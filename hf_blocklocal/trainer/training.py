@@ -33,7 +33,7 @@ from hf_blocklocal.targets.scaling import custom_loss, loss_scale
 from hf_blocklocal.teaching.bootstrap import bootstrap_weight
 from hf_blocklocal.teaching.evaluation import BlockScores
 from hf_blocklocal.teaching.polish import is_global
-from hf_blocklocal.teaching.step import StepReport
+from hf_blocklocal.teaching.report import StepReport
 from hf_blocklocal.trainer.cards import WritesCards
 from hf_blocklocal.trainer.compilation import layers_compiled
 from hf_blocklocal.trainer.evaluating import EvaluatesBlocks
