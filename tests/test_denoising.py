@@ -9,8 +9,9 @@ from training import accuracy, hooks_left, make, snapshot, whole_and_resumed
 from transformers import AutoModelForTokenClassification, Cache
 from zoo import SPECIMENS, T5, build_tiny, tokens_batch
 
-from hf_blocklocal import BlockLocalConfig, assemble, denoising
+from hf_blocklocal import BlockLocalConfig, assemble
 from hf_blocklocal.errors import InputsNeededError, UnsupportedSettingError
+from hf_blocklocal.teaching import denoising
 from hf_blocklocal.teaching.denoising import NOISE
 
 

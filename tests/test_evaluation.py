@@ -9,10 +9,11 @@ import torch
 from torch.nn import functional as F
 from zoo import SPECIMENS
 
-from hf_blocklocal import BlockLocalConfig, assemble, evaluation
+from hf_blocklocal import BlockLocalConfig, assemble
 from hf_blocklocal.losses import Agreement, Contrast, Messages
 from hf_blocklocal.losses.families import get_family
 from hf_blocklocal.targets.batch import Targets, Task
+from hf_blocklocal.teaching import evaluation
 from hf_blocklocal.teaching.evaluation import BlockScores, score
 
 
