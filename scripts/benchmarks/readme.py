@@ -149,6 +149,8 @@ def models(report: dict[str, Any]) -> list[str]:
         f"{len(supported)} of {len(rows)} architectures pass (`{report['command']}`,",
         f"{versions}); `tests/test_models.py` runs the same checks.",
         "",
+        "<details><summary>Which they are, and why the others are refused</summary>",
+        "",
         "|  | supported |",
         "|---|---|",
     ]
@@ -160,7 +162,7 @@ def models(report: dict[str, Any]) -> list[str]:
         lines[-1] += " ~: logits within 1e-5."
     lines += ["", "| refused | because |", "|---|---|"]
     lines += [f"| {row['name']} | {row['reason']} |" for row in rows if row["reason"] is not None]
-    return lines
+    return [*lines, "", "</details>"]
 
 
 def _marks(row: dict[str, Any]) -> str:
