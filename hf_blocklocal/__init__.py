@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from hf_blocklocal.anatomy.layers import Stack, find_stacks
-    from hf_blocklocal.assembly import Assembly, TaughtModel, assemble
+    from hf_blocklocal.assembly import Assembly, assemble
     from hf_blocklocal.attaching import load_heads
     from hf_blocklocal.config.block_local import BlockLocalConfig
     from hf_blocklocal.cut.blocks import Boundaries, Cut
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from hf_blocklocal.losses import LocalLoss
     from hf_blocklocal.teaching.report import StepReport
     from hf_blocklocal.teaching.step import LocalStep
+    from hf_blocklocal.teaching.taught_model import TaughtModel
     from hf_blocklocal.trainer import BlockLocalMixin, BlockLocalSeq2SeqTrainer, BlockLocalTrainer
 
 
@@ -54,7 +55,7 @@ __all__ = [
 
 _MODULES = {
     "anatomy.layers": ("Stack", "find_stacks"),
-    "assembly": ("Assembly", "TaughtModel", "assemble"),
+    "assembly": ("Assembly", "assemble"),
     "attaching": ("load_heads",),
     "cut.blocks": ("Boundaries", "Cut"),
     "config.block_local": ("BlockLocalConfig",),
@@ -65,6 +66,7 @@ _MODULES = {
     "cut.partition": ("Span",),
     "teaching.report": ("StepReport",),
     "teaching.step": ("LocalStep",),
+    "teaching.taught_model": ("TaughtModel",),
     "trainer": ("BlockLocalMixin", "BlockLocalSeq2SeqTrainer", "BlockLocalTrainer"),
 }
 _MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}

@@ -5,7 +5,7 @@ This is the place to start for a training loop of one's own; the trainer does no
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -17,6 +17,7 @@ from hf_blocklocal.anatomy.layers import (
     check_layers_not_shared,
     find_router_loss,
     find_stacks,
+    is_pretrained,
     target_embedding,
 )
 from hf_blocklocal.anatomy.tying import shared_by_blocks, with_shared_weights_settled_, with_tied_weights_settled_
@@ -30,7 +31,6 @@ from hf_blocklocal.cut.needs import Needs, trace_needs
 from hf_blocklocal.cut.partition import Span
 from hf_blocklocal.cut.trace import owners_of, plan_cut, plan_spans, trace_layers, trace_reach
 from hf_blocklocal.errors import UnsupportedSettingError
-from hf_blocklocal.feedback import FeedbackHead
 from hf_blocklocal.optim.groups import factors_by_block, rates_of_feedback, scale_learning_rates_
 from hf_blocklocal.planning.balancing import balanced_cut
 from hf_blocklocal.planning.costs import head_costs, warn_of_heavy_heads
@@ -48,30 +48,7 @@ from hf_blocklocal.teaching.building import (
 )
 from hf_blocklocal.teaching.reading import contrasts_tokens, targets_for
 from hf_blocklocal.teaching.step import LocalStep
-
-
-class TaughtModel(nn.Module):
-    """A model and its feedback heads, side by side: one module for optimizers and for `zero_grad`.
-
-    Args:
-        model: The model, which stays an ordinary one.
-        heads: The feedback head of every block but the last.
-    """
-
-    def __init__(self, model: nn.Module, heads: Iterable[FeedbackHead]) -> None:
-        super().__init__()
-        self.model = model
-        self.heads = nn.ModuleList(heads)
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the model alone."""
-        return self.model(*args, **kwargs)
-
-
-def name_of_original(name: str) -> str:
-    """Return the name, in a `TaughtModel`, of the weight that one of its parameters is a copy of, or its own."""
-    head, _, original = name.partition(".loan.")
-    return f"model.{original}" if original and head.startswith("heads.") else name
+from hf_blocklocal.teaching.taught_model import TaughtModel, name_of_original
 
 
 @dataclass(frozen=True)
@@ -96,6 +73,7 @@ class Assembly:
         parts: For each parameter of the model that is spread over several processes, what is here of it, which is in
             `parameters` in its place.
         shared: The names of the parameters that the losses of several blocks reach.
+        chooses_rates: Whether a user has said at which rates blocks learn.
     """
 
     config: BlockLocalConfig
@@ -113,6 +91,7 @@ class Assembly:
     head_costs: tuple[float, ...] = ()
     parts: Mapping[nn.Parameter, nn.Parameter] = field(default_factory=dict)
     shared: tuple[str, ...] = ()
+    chooses_rates: bool = False
 
     @property
     def heads(self) -> nn.ModuleList:
@@ -199,15 +178,26 @@ class Assembly:
         Raises:
             UnsupportedSettingError: If the optimizer cannot have different rates.
         """
-        decay, feedback_rate = self.config.block_lr_decay, self.config.feedback_learning_rate
-        asked = {"block_lr_decay": decay != 1, "feedback_learning_rate": feedback_rate is not None}
+        decay, feedback_rate = self.config.block_lr_decay or 1.0, self.config.feedback_learning_rate
+        asked = {
+            "block_lr_decay": decay != 1 and self.chooses_rates,
+            "feedback_learning_rate": feedback_rate is not None,
+        }
         scale_learning_rates_(
             optimizer,
-            factors_by_block(self.parameters, decay),
+            self._learning_rate_factors(decay),
             rates=rates_of_feedback(self.heads, feedback_rate),
             option=" with ".join(name for name, is_asked in asked.items() if is_asked),
             has_schedule=has_schedule,
         )
+
+    def _learning_rate_factors(self, decay: float) -> dict[nn.Parameter, float]:
+        """Return what the learning rate of each parameter is multiplied with.
+
+        A head has the run's rate, but for copies that it trains: they learn as fast as what they are copies of.
+        """
+        factors, originals = factors_by_block(self.parameters, decay), self.originals
+        return factors | {mine: factors.get(originals.get(mine), 1.0) for mine in self.heads.parameters()}
 
     def describe(self) -> str:
         """Return the cut as a table: block, layers, parameters of block and head, cost of the head, its kind."""
@@ -261,7 +251,8 @@ def assemble(
         return _uncut(model, config)
     asked, config = config.tied_weights, with_tied_weights_settled_(model, config)
     trace = trace_layers(model, find_stacks(model, config.layers), inputs)
-    config = settled(config, single_stack=trace.stacks[-1] == 0, lends=can_lend(model, trace))
+    chooses_rates, pretrained = config.block_lr_decay is not None, is_pretrained(model)
+    config = settled(config, single_stack=trace.stacks[-1] == 0, lends=can_lend(model, trace), pretrained=pretrained)
     cut = balanced_cut(model, config, trace, inputs) if config.balance == "cost" else plan_cut(trace, config)
     device = labels_of(inputs).device
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
@@ -310,6 +301,7 @@ def assemble(
         copies=copies,
         needs=needs,
         shared=tuple(shared_by_blocks(reach)),
+        chooses_rates=chooses_rates,
     )
     targets = assembly.read_targets(inputs)
     if len(targets) > 0:

@@ -186,11 +186,11 @@ REFUSALS = {
     ),
     "a block that never learns": (
         {"block_lr_decay": 0},
-        "block_lr_decay must be a number above 0 and at most 1, got 0.",
+        "block_lr_decay must be a number above 0 and at most 1, or left out; got 0.",
     ),
     "learning rates that grow downwards": (
         {"block_lr_decay": 1.5},
-        "block_lr_decay must be a number above 0 and at most 1, got 1.5.",
+        "block_lr_decay must be a number above 0 and at most 1, or left out; got 1.5.",
     ),
     "feedback networks that stand still": (
         {"feedback_learning_rate": 0},

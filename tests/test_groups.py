@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from test_optim import adafactor_relative, adamw, groups_of, three_blocks
 from test_parity import equal
 from training import make, snapshot, whole_and_resumed
@@ -14,6 +15,7 @@ from zoo import SPECIMENS
 from hf_blocklocal import BlockLocalConfig
 from hf_blocklocal.errors import TargetError, UnsupportedSettingError
 from hf_blocklocal.optim.groups import factors_by_block, scale_learning_rates_
+from hf_blocklocal.teaching.taught_model import name_of_original
 
 
 def blocks_of(model):
@@ -152,6 +154,83 @@ def test_a_scheduler_of_ones_own_is_refused(tmp_path):
         trainer.train()
 
 
+def pretrained(name, folder):
+    """Return a model as users have it: read from a checkpoint."""
+    model = SPECIMENS[name].build()
+    model.save_pretrained(folder)
+    return type(model).from_pretrained(folder)
+
+
+def factors_of(trainer):
+    """Return the rate of every trained parameter, by name, as a share of the run's."""
+    rates, named = rates_of(trainer.create_optimizer()), trainer.assembly.module.named_parameters()
+    return {name: rates[parameter] / trainer.args.learning_rate for name, parameter in named if parameter in rates}
+
+
+def test_the_lowest_block_of_a_pretrained_model_has_less_than_a_third_of_the_rate(tmp_path):
+    model = pretrained("bert", tmp_path)
+    factors = factors_of(make("bert", tmp_path, model=model, blocks=4))
+    assert factors["model.bert.encoder.layer.0.output.dense.weight"] == pytest.approx(0.3, abs=1e-3)
+    assert factors["model.bert.encoder.layer.1.output.dense.weight"] == pytest.approx(0.3 ** (2 / 3), abs=1e-3)
+    assert factors["model.bert.encoder.layer.3.output.dense.weight"] == factors["model.classifier.weight"] == 1
+    chosen = BlockLocalConfig(num_blocks=4, block_lr_decay=1.0)
+    assert set(factors_of(make("bert", tmp_path, model=model, config=chosen)).values()) == {1.0}
+    assert set(factors_of(make("bert", tmp_path, model=model, blocks=1)).values()) == {1.0}
+
+
+def test_a_model_from_scratch_and_one_with_adapters_have_one_rate(tmp_path):
+    assert set(factors_of(make("bert", tmp_path, blocks=4)).values()) == {1.0}
+    adapted = get_peft_model(pretrained("bert", tmp_path), LoraConfig(target_modules=["query"], task_type="SEQ_CLS"))
+    assert set(factors_of(make("bert", tmp_path, model=adapted, blocks=2)).values()) == {1.0}
+
+
+def test_the_cut_that_is_described_shows_the_rates(tmp_path):
+    table = make("bert", tmp_path, model=pretrained("bert", tmp_path), blocks=2).assembly.describe().splitlines()
+    column = table[0].index("rate")
+    assert [line[column : column + 4] for line in table] == ["rate", "0.30", "1.00"]
+    assert "rate" not in make("bert", tmp_path, blocks=2).assembly.describe()
+
+
+def test_heads_have_the_rate_of_the_run_and_copies_that_of_their_originals(tmp_path):
+    model = pretrained("llama", tmp_path)
+    config = BlockLocalConfig(num_blocks=4, block_lr_decay=0.5, head_copies="trained", head_lens=True)
+    factors = factors_of(make("llama", tmp_path, model=model, config=config))
+    copies = {name: name_of_original(name) for name in factors if ".loan." in name}
+    assert {factors[original] for original in copies.values()} == {0.25, 0.5, 1.0}
+    assert all(factors[name] == factors[original] for name, original in copies.items())
+    assert {factors[name] for name in factors if ".lens." in name} == {1.0}
+
+
+def test_where_a_schedule_is_given_a_pretrained_model_has_one_rate_and_a_warning_says_so(tmp_path, caplog):
+    model = pretrained("bert", tmp_path)
+    trainer = make("bert", tmp_path, model=model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.2)
+    trainer.optimizer = optimizer
+    trainer.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
+    trainer.train()
+    assert "because SGD came with a schedule for its groups as they are" in caplog.text
+    assert len({group["lr"] for group in optimizer.param_groups}) == 1
+
+
+def test_where_an_optimizer_has_no_rates_and_nobody_asks_a_warning_says_so(caplog):
+    model = three_blocks()
+    optimizer = adafactor_relative(groups_of(model))
+    before = list(optimizer.param_groups)
+    scale_learning_rates_(optimizer, factors_by_block(blocks_of(model), 0.5), option="", has_schedule=False)
+    assert "because Adafactor keeps no rate in its groups" in caplog.text
+    assert optimizer.param_groups == before
+
+
+def test_a_run_goes_on_at_the_rates_that_it_had(tmp_path, caplog):
+    model = pretrained("bert", tmp_path / "start")
+    make("bert", tmp_path / "run", model=model, max_steps=2, save_strategy="steps", save_steps=2).train()
+    trainer = make("bert", tmp_path / "run", max_steps=4)  # of the same shape, and from scratch
+    trainer.train(resume_from_checkpoint=True)
+    assert "Blocks learn at the rates of the run" in caplog.text
+    assert trainer.assembly.config.block_lr_decay == 0.3
+    assert len(trainer.optimizer.param_groups) == 4
+
+
 def test_adafactor_with_a_rate_is_split():
     model = three_blocks()
     optimizer = Adafactor(groups_of(model), lr=0.1, relative_step=False)
@@ -193,7 +272,9 @@ def test_feedback_networks_have_the_rate_asked_for_and_the_schedule_of_the_run(r
             share = rates[trainer.model.classifier.weight] / args.learning_rate
             assert [rates[parameter] for parameter in feedback] == pytest.approx([rate * share] * 3)
             (readout,) = {rates[p] for p in trainer.assembly.heads[1].readout.parameters()}
-            assert readout == pytest.approx(decay**2 * args.learning_rate * share)
+            assert readout == pytest.approx(args.learning_rate * share)
+            lowest = rates[trainer.model.bert.encoder.layer[0].output.dense.weight]
+            assert lowest == pytest.approx(decay**3 * args.learning_rate * share)
             seen.append(share)
 
     trainer.add_callback(Note())

@@ -206,6 +206,12 @@ def vocabulary_size(model: nn.Module) -> int | None:
     return None if output is None else output.weight.shape[0]
 
 
+def is_pretrained(model: nn.Module) -> bool:
+    """Tell whether what a model trains comes from a checkpoint: not adapters, which start anew."""
+    named = getattr(getattr(model, "config", None), "_name_or_path", None)
+    return bool(named) and not getattr(model, "peft_config", None)
+
+
 def is_encoder_decoder(model: nn.Module) -> bool:
     """Tell whether a model is an encoder with a decoder, which then makes its inputs from labels if none are given."""
     model = model.get_base_model() if hasattr(model, "get_base_model") else model

@@ -19,18 +19,19 @@ from hf_blocklocal.errors import ConfigError
 CONFIG_NAME = "block_local_config.json"
 DEFAULT_BLOCKS = 2
 
+_PUBLISHED = {"block_lr_decay": 1.0}
 PRESETS: dict[str, dict[str, Any]] = {
     # Nokland & Eidnes (2019), arXiv 1901.06656: a linear classifier on the output of each block.
-    "pred": {"feedback": "label", "loss": "agreement"},
+    "pred": _PUBLISHED | {"feedback": "label", "loss": "agreement"},
     # The same paper: similarity matching, in place of that classifier or beside it.
-    "sim": {"feedback": "label", "loss": "agreement", "sim": 1.0},
-    "predsim": {"feedback": "label", "loss": "agreement", "sim": 0.99},
+    "sim": _PUBLISHED | {"feedback": "label", "loss": "agreement", "sim": 1.0},
+    "predsim": _PUBLISHED | {"feedback": "label", "loss": "agreement", "sim": 0.99},
     # Kappel et al. (2023), arXiv 2305.14974: what their public experiments do.
-    "kappel2023": {"feedback": "prototype", "loss": "kappel2023", "denoising": 1.0},
+    "kappel2023": _PUBLISHED | {"feedback": "prototype", "loss": "kappel2023", "denoising": 1.0},
     # Belilovsky et al. (2020), arXiv 1901.08164: a classifier with a hidden layer on the output of each block.
-    "dgl": {"feedback": "label", "loss": "agreement", "readout": "mlp"},
+    "dgl": _PUBLISHED | {"feedback": "label", "loss": "agreement", "readout": "mlp"},
     # Gomez et al. (2020), arXiv 2010.04116: linear classifiers, and the loss of a block teaches the one below it too.
-    "interlocking": {"overlap": 1, "feedback": "label", "loss": "agreement"},
+    "interlocking": _PUBLISHED | {"overlap": 1, "feedback": "label", "loss": "agreement"},
     # One block: exactly the plain Trainer.
     "backprop": {"num_blocks": 1},
 }
@@ -189,13 +190,16 @@ class BlockLocalConfig:
     step_per_block: bool = _help(
         False, "Step each block right after its backward pass and free its gradients. The weights come out the same."
     )
-    block_lr_decay: float = _help(
-        1.0, "Factor of the learning rate from a block, its head included, to the one below. The last has the run's."
+    block_lr_decay: float | None = _help(
+        None,
+        "Factor of the learning rate of the model's weights from a block to the one below; the last block and heads "
+        "have the run's, and copies that heads train that of their originals. Default: such that the lowest block of "
+        "a pretrained model has 0.3 of the run's; 1 where the model is not pretrained, or has adapters.",
     )
     feedback_learning_rate: float | None = _help(
         None,
         "Learning rate of the feedback networks, in place of the run's and of block_lr_decay, scheduled as the run's. "
-        "Default: they learn as their block.",
+        "Default: they learn as their head.",
     )
     satisfied_at: float | None = _help(
         None, "Probability under a block's head from which on a target no longer teaches the block. Default: never."

@@ -1,4 +1,4 @@
-"""Fill in what a configuration leaves to the model: how many layers its heads borrow, and how.
+"""Fill in what a configuration leaves to the model: how many layers its heads borrow and how, and learning rates.
 
 Knows nothing of heads. What speaks against borrowing is that a user asked for a head of another kind, or that the
 model cannot lend. Encoder-decoders are a case of their own: through a shortened decoder that has not learned to be
@@ -32,6 +32,9 @@ REFRESH_STEPS = 10
 # Copies that learn keep half of what they have learned. Those of a decoder keep all: they have learned to do without
 # the layers between them, and what a refresh would bring has not.
 REFRESH_DECAY = 0.5
+# Learning rate of the lowest block of a pretrained model, as a share of the last one's: in the learning benchmark
+# (docs/learning.md), lower blocks that take smaller steps keep what they have learned before.
+LOWEST_RATE = 0.3
 _COPIES = ("head_copies", "head_refresh_steps", "head_refresh_lag", "head_refresh_decay")
 
 
@@ -58,19 +61,29 @@ def default_refresh_lag(num_blocks: int) -> int:
     return 1 + (num_blocks - 1) // 3
 
 
-def settled(config: BlockLocalConfig, *, single_stack: bool, lends: bool = True) -> BlockLocalConfig:
-    """Return a configuration that leaves nothing about its heads open.
+def default_decay(num_blocks: int) -> float:
+    """Return by what factor blocks of a pretrained model learn more slowly than the ones above them by default."""
+    return round(LOWEST_RATE ** (1 / (num_blocks - 1)), 3)
+
+
+def settled(
+    config: BlockLocalConfig, *, single_stack: bool, lends: bool = True, pretrained: bool = False
+) -> BlockLocalConfig:
+    """Return a configuration that leaves nothing about its heads and its learning rates open.
 
     Args:
         config: What was asked for.
         single_stack: Whether the model has one stack of layers.
-        lends: Whether its layers can be borrowed; see `building.can_lend`.
+        lends: Whether its layers can be borrowed; see `teaching.building.can_lend`.
+        pretrained: Whether its weights come from a checkpoint.
 
     Raises:
         ConfigError: If heads are to be of two kinds, or to train copies of layers that they do not borrow.
     """
     if config.num_blocks == 1:
         return config
+    if config.block_lr_decay is None:
+        config = replace(config, block_lr_decay=default_decay(config.num_blocks) if pretrained else 1.0)
     if config.head_layers is None:
         _check_heads_of_one_kind(config)
         shortens = not single_stack and config.head_bypass != "straight_through" and _takes_copies(config)
@@ -136,6 +149,17 @@ def borrowing_as(config: BlockLocalConfig, saved: BlockLocalConfig) -> BlockLoca
         return config
     names = left_open(*_COPIES, "head_layers", "head_bypass", "tied_weights")
     return replace(config, **{name: getattr(saved, name) for name in names})
+
+
+def learning_as(config: BlockLocalConfig, saved: BlockLocalConfig) -> BlockLocalConfig:
+    """Return a configuration whose blocks learn at the rates of an earlier run, if it leaves them open.
+
+    Args:
+        config: What was asked for.
+        saved: The configuration of a checkpoint, with nothing left open.
+    """
+    is_open = config.block_lr_decay is None and config.num_blocks == saved.num_blocks and not config.blocks_apart
+    return replace(config, block_lr_decay=saved.block_lr_decay) if is_open else config
 
 
 def refreshed(config: BlockLocalConfig, *, single_stack: bool = True) -> BlockLocalConfig:

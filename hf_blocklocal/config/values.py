@@ -76,11 +76,11 @@ def _check_shares(config: Any) -> None:
     if isinstance(timeout, bool) or not isinstance(timeout, int | float) or not 3 <= timeout < math.inf:
         raise ConfigError(f"peer_timeout must be a number of seconds of at least 3, got {timeout!r}.")
     object.__setattr__(config, "peer_timeout", float(timeout))
-    for name in ("block_lr_decay",):
-        value = getattr(config, name)
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= 1:
-            raise ConfigError(f"{name} must be a number above 0 and at most 1, got {value!r}.")
-        object.__setattr__(config, name, float(value))
+    decay = config.block_lr_decay
+    if decay is not None:
+        if isinstance(decay, bool) or not isinstance(decay, int | float) or not 0 < decay <= 1:
+            raise ConfigError(f"block_lr_decay must be a number above 0 and at most 1, or left out; got {decay!r}.")
+        object.__setattr__(config, "block_lr_decay", float(decay))
     for name in ("polish", "sim", "bootstrap"):
         value = getattr(config, name)
         if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:

@@ -6,6 +6,7 @@ the proportions hold through the run.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch import nn
 from hf_blocklocal.errors import UnsupportedSettingError
 
 
+logger = logging.getLogger(__name__)
 # Marks the groups that have been split, also in a checkpoint.
 _FACTOR = "learning_rate_factor"
 
@@ -57,7 +59,8 @@ def scale_learning_rates_(
         optimizer: The optimizer, changed in place.
         factors: Factor of each parameter; 1 for those that are not mentioned.
         rates: Parameters with a learning rate of their own, in place of a factor.
-        option: Option that asks for it, for messages.
+        option: Option that asks for it, for messages. Empty where nobody has asked: then all parameters learn at one
+            rate where it cannot be otherwise, and a warning says so.
         has_schedule: Whether a learning rate schedule has been made for the groups as they are.
 
     Raises:
@@ -69,7 +72,17 @@ def scale_learning_rates_(
     if nothing_to_do or any(_FACTOR in group for group in groups):
         return
     name = type(optimizer).__name__
-    if not groups or any(group.get("lr") is None for group in groups):
+    has_no_rates = not groups or any(group.get("lr") is None for group in groups)
+    if not option and (has_no_rates or has_schedule):
+        reason = "keeps no rate in its groups" if has_no_rates else "came with a schedule for its groups as they are"
+        logger.warning(
+            "All blocks learn at one rate, because %s %s. Lower blocks of a pretrained model would learn at smaller "
+            "ones. Pass optimizers=(optimizer, None) and lr_scheduler_type, or say block_lr_decay=1.",
+            name,
+            reason,
+        )
+        return
+    if has_no_rates:
         raise UnsupportedSettingError(
             f"{option} changes learning rates, and {name} keeps none in its parameter groups. Choose another "
             f"optimizer (for Adafactor: relative_step=False and a learning rate), or leave {option} out."

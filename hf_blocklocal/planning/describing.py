@@ -24,6 +24,8 @@ def table_of_blocks(
 ) -> str:
     """Return a table: block, its device if there are several, layers, parameters, cost of the head, what teaches it.
 
+    Where blocks learn at several rates, these are in it too, as shares of the run's.
+
     Args:
         model: The model.
         cut: Where the model is cut.
@@ -38,6 +40,10 @@ def table_of_blocks(
         layers = f"{span.start}-{span.last}" if cut.num_blocks - 1 > 0 else "all"
         cost, taught = _cost_of_head(costs, block), taught_by(cut, config, heads, block)
         rows.append((str(block), layers, f"{in_block:,}", f"{in_head:,}", cost, taught))
+    if config.block_lr_decay not in (None, 1.0):
+        last = cut.num_blocks - 1
+        rates = ["rate", *(f"{config.block_lr_decay ** (last - block):.2f}" for block in range(cut.num_blocks))]
+        rows = [(*row[:5], rate, row[5]) for row, rate in zip(rows, rates, strict=True)]
     if config.placement == "devices":
         devices = ["device", *(str(block_device(model, cut, block)) for block in range(cut.num_blocks))]
         rows = [(row[0], device, *row[1:]) for row, device in zip(rows, devices, strict=True)]

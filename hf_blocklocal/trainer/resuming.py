@@ -10,7 +10,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import get_last_checkpoint
 
 from hf_blocklocal.config.block_local import CONFIG_NAME, BlockLocalConfig
-from hf_blocklocal.config.defaults import borrowing_as
+from hf_blocklocal.config.defaults import borrowing_as, learning_as
 from hf_blocklocal.errors import FetchError
 from hf_blocklocal.hub import fetch_checkpoint
 from hf_blocklocal.parallel.folders import check_checkpoint_everywhere, check_shared
@@ -51,7 +51,7 @@ class FindsCheckpoints(TakesStation):
         return True if source is True else folder
 
     def _borrow_as_in(self, checkpoint: str | bool | None) -> None:
-        """Let heads borrow copies as in the run to go on with, if they did there and nobody says how.
+        """Go on as the run that is gone on with, where nobody says how: how heads borrow copies, and at which rates.
 
         Args:
             checkpoint: What `_checkpoint_here` has returned.
@@ -61,9 +61,14 @@ class FindsCheckpoints(TakesStation):
         folder = get_last_checkpoint(self.args.output_dir) if checkpoint is True else checkpoint
         if folder is None or not (Path(folder) / CONFIG_NAME).is_file():
             return
-        config = borrowing_as(self.block_local, BlockLocalConfig.from_pretrained(folder))
+        saved = BlockLocalConfig.from_pretrained(folder)
+        config = borrowing_as(self.block_local, saved)
         if config != self.block_local:
             logger.warning("Heads borrow copies, as in the run of %s that is gone on with.", folder)
+            self.block_local, self._assembly = config, None
+        config = learning_as(self.block_local, saved)
+        if config.block_lr_decay not in (None, self.assembly.config.block_lr_decay):
+            logger.warning("Blocks learn at the rates of the run of %s that is gone on with.", folder)
             self.block_local, self._assembly = config, None
 
     def _check_best_can_be_loaded(self) -> None:

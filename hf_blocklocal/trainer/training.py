@@ -14,7 +14,7 @@ from accelerate.utils import send_to_device
 from torch import Tensor, nn
 from transformers import Trainer
 
-from hf_blocklocal.assembly import Assembly, assemble, check_structure, name_of_original
+from hf_blocklocal.assembly import Assembly, assemble, check_structure
 from hf_blocklocal.config.block_local import BlockLocalConfig
 from hf_blocklocal.config.settings import (
     check_arguments,
@@ -34,6 +34,7 @@ from hf_blocklocal.teaching.bootstrap import bootstrap_weight
 from hf_blocklocal.teaching.evaluation import BlockScores
 from hf_blocklocal.teaching.polish import is_global
 from hf_blocklocal.teaching.report import StepReport
+from hf_blocklocal.teaching.taught_model import name_of_original
 from hf_blocklocal.trainer.cards import WritesCards
 from hf_blocklocal.trainer.compilation import layers_compiled
 from hf_blocklocal.trainer.evaluating import EvaluatesBlocks
@@ -325,19 +326,18 @@ class BlockLocalTrainer(BlockLocalMixin, Trainer):
     Takes the arguments of `transformers.Trainer` and one more. With one block it is the `Trainer`, to the bit. With
     more, these things differ, and nothing else:
 
-    - `max_grad_norm` clips the gradient of each block by itself, because a norm over all blocks would couple them: a
-      block could not be stepped before the last one has its gradient, or on another device.
+    - `max_grad_norm` clips the gradient of each block by itself: a norm over all of them would couple the blocks.
     - `loss` in the logs is the last block's, comparable with `Trainer`; `block_k/loss` is that of block k. Where the
       message from the target is learned, `block_k/kl` and `block_k/nll` are the halves of the bound. Evaluation adds
       what each block's head would have predicted, `eval_block_k_accuracy` and `eval_block_k_loss`.
     - Where the model's own loss ignores `num_items_in_batch`, it is divided by the accumulation steps.
+    - The lower blocks of a pretrained model learn at smaller rates, the lowest at 0.3 of the run's (`block_lr_decay`).
     - A micro-batch in which every label is -100 is skipped and counted as `skipped_batches` in the logs.
     - A loss or gradient that is not finite stops the run before it touches a weight.
-    - In fp16 every block has a loss scale of its own, and the other blocks are stepped where the gradients of one
-      overflow. Its steps left out so far are `block_k/overflows` in the logs; the learning rate goes on all the same.
+    - In fp16 every block has a loss scale of its own; one that overflows is not stepped (`block_k/overflows`).
     - A `compute_loss_func` teaches the heads too, where a sample has one target; `eval_block_k_loss` stays their own.
     - With `global_every` or `polish`, some steps are backpropagation; `block_k/loss` is over the others.
-    - Without `accelerate launch`, one GPU is used: there is no `DataParallel`.
+    - One process uses one GPU, unless `placement` says otherwise: there is no `DataParallel`.
 
     Args:
         *args: As for `transformers.Trainer`.

@@ -1,0 +1,34 @@
+"""A model and what teaches it, as one module."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from torch import nn
+
+from hf_blocklocal.feedback import FeedbackHead
+
+
+class TaughtModel(nn.Module):
+    """A model and its feedback heads, side by side: one module for optimizers and for `zero_grad`.
+
+    Args:
+        model: The model, which stays an ordinary one.
+        heads: The feedback head of every block but the last.
+    """
+
+    def __init__(self, model: nn.Module, heads: Iterable[FeedbackHead]) -> None:
+        super().__init__()
+        self.model = model
+        self.heads = nn.ModuleList(heads)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the model alone."""
+        return self.model(*args, **kwargs)
+
+
+def name_of_original(name: str) -> str:
+    """Return the name, in a `TaughtModel`, of the weight that one of its parameters is a copy of, or its own."""
+    head, _, original = name.partition(".loan.")
+    return f"model.{original}" if original and head.startswith("heads.") else name
