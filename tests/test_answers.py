@@ -9,10 +9,11 @@ import torch
 from several_devices import Machine, device
 from stepping import stepped
 from torch import nn
+from torch.overrides import TorchFunctionMode, _get_current_function_mode
 from zoo import SPECIMENS
 
 from hf_blocklocal import BlockLocalConfig, assemble
-from hf_blocklocal.anatomy.answers import Answers, is_waited_for
+from hf_blocklocal.anatomy.answers import Answers, compiles_outside, is_waited_for
 from hf_blocklocal.crossing import sent
 
 
@@ -80,6 +81,8 @@ def test_what_is_told_cannot_be_changed_by_who_is_told():
         lambda mask: mask.view(-1)[3:].fill_(1),
         lambda mask: mask.__setitem__(mask == 0, 1),
         lambda mask: torch.add(mask, 1, out=mask),
+        lambda mask: torch.ops.aten.fill_.Scalar(mask, 1),
+        lambda mask: torch.clamp_(input=mask, min=1),
         lambda mask: mask.unsqueeze(1).expand(2, 1 << 18, 4).select(1, 0).add_(1),  # too large to be known
     ],
 )
@@ -96,6 +99,69 @@ def test_a_batch_that_is_changed_is_asked_anew(change):
             assert not mask.any()
 
 
+class Changing(nn.Module):
+    def forward(self, hidden, mask):
+        mask.fill_(1)
+        return hidden
+
+
+def test_what_a_layer_changes_is_asked_anew():
+    mask, layer = MASK.clone(), Changing()
+    answers = Answers({"mask": mask}, [layer], [0])
+    with answers.attached():
+        assert not mask.all()
+        layer(torch.ones(1), mask)
+        with answers.running():
+            assert mask.all()
+
+
+def test_a_mode_of_somebody_else_stays_on_and_ours_does_not_stay():
+    class Counting(TorchFunctionMode):
+        calls = 0
+
+        def __torch_function__(self, func, types, args=(), kwargs=None):
+            self.calls += 1
+            return func(*args, **(kwargs or {}))
+
+    layer, mode = nn.Identity(), Counting()
+    answers = Answers({"mask": MASK}, [layer], [0])
+    with answers.attached(), mode:
+        layer(MASK)
+        before = mode.calls
+        torch.zeros(1).add(1)
+        assert mode.calls == before + 2
+    assert _get_current_function_mode() is None
+
+
+def test_a_model_that_raises_leaves_nothing_behind():
+    layer = nn.Identity()
+    answers = Answers({"mask": MASK}, [layer], [0])
+
+    def fail():
+        with answers.attached():
+            layer(MASK)
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail()
+    assert _get_current_function_mode() is None
+    assert not layer._forward_pre_hooks
+    assert not layer._forward_hooks
+
+
+def test_code_that_is_compiled_outside_of_layers_is_not_listened_to():
+    model = SPECIMENS["llama"].build()
+    layers = list(model.model.layers)
+    assert not compiles_outside(model, layers)
+    layers[0].mlp.compile(backend="eager")
+    assert not compiles_outside(model, layers)
+    model.model.embed_tokens.compile(backend="eager")
+    assert compiles_outside(model, layers)
+    model = SPECIMENS["llama"].build()
+    model.config._attn_implementation = "flex_attention"
+    assert compiles_outside(model, list(model.model.layers))
+
+
 def test_what_is_drawn_or_left_empty_is_never_known():
     answers = answers_on({"mask": MASK})
     with answers.attached():
@@ -110,6 +176,8 @@ def test_what_is_drawn_or_left_empty_is_never_known():
 def test_numbers_of_different_types_are_different():
     answers = answers_on({"mask": MASK})
     with answers.attached():
+        assert [MASK[0, 1].tolist(), MASK[[0, 1]].tolist()] == [1, MASK.tolist()]
+        assert MASK[:, : torch.tensor(2)].sum().item() == 4
         assert (MASK * 1).tolist() == MASK.tolist()
         with answers.running():
             assert str((MASK * 1.0).tolist()) != str(MASK.tolist())

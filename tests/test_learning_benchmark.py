@@ -321,7 +321,7 @@ def test_cells_are_put_beside_others_of_the_same_samples_alone(scripts, tmp_path
     path.write_text(json.dumps({"seeds": [0], "command": "all", "tasks": {"a": task}}), encoding="utf-8")
     made = {"title": "A", "cases": [start, case_of("default", 2, 0.7), case_of("default", 4, 0.8)]}
     new = learning.put_into({"seeds": [0], "tasks": {"a": made}}, path, cells=True)
-    assert new["tasks"]["a"]["cases"] == [start, case_of("default", 2, 0.7), other, case_of("default", 4, 0.8)]
+    assert new["tasks"]["a"]["cases"] == [start, other, case_of("default", 2, 0.7), case_of("default", 4, 0.8)]
     for cases in ([case_of("not fine-tuned", None, 0.2, method="start")], [case_of("default", 2, 0.7)]):
         with pytest.raises(SystemExit, match="same samples and starting"):
             learning.put_into({"seeds": [0], "tasks": {"a": {"cases": cases}}}, path, cells=True)

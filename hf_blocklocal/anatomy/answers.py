@@ -21,10 +21,18 @@ ASK = (Tensor.__bool__, Tensor.__int__, Tensor.__float__, Tensor.__index__, Tens
 MAKE = (torch.arange, torch.ones, torch.zeros, torch.full)
 # Larger tensors, such as masks of all pairs of positions, are nothing that a model asks about.
 LARGEST = 1 << 18
-_DRAWS = ("rand", "bernoulli", "multinomial", "normal")
-_OPERATORS = ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and", "or", "xor", "lshift", "rshift")
-_IN_PLACE = ("__setitem__", *(f"__i{name}__" for name in _OPERATORS))
-_PLAIN = (bool, int, float, str, type(None), type(...), torch.dtype, torch.device, torch.layout, torch.memory_format)
+# What models make of masks and numbers. Of the results of all other functions nothing is remembered.
+_CASTS = ("to", "bool", "int", "long", "type_as", "clone", "contiguous", "ones_like", "zeros_like", "full_like")
+_SHAPES = ("view", "reshape", "flatten", "expand", "expand_as", "repeat", "unsqueeze", "squeeze", "transpose", "flip")
+_PARTS = ("select", "narrow", "permute", "cat", "stack", "where", "masked_fill", "new_ones", "new_zeros", "new_full")
+_SUMS = ("all", "any", "sum", "cumsum", "diff", "amax", "amin", "max", "min", "argmax", "argmin", "clamp")
+_SIGNS = ("eq", "ne", "lt", "le", "gt", "ge", "add", "sub", "mul", "logical_and", "logical_or", "logical_not")
+_DUNDER = ("getitem", "eq", "ne", "lt", "le", "gt", "ge", "and", "or", "invert", "add", "radd", "sub", "rsub", "mul")
+_PURE = (*_CASTS, *_SHAPES, *_PARTS, *_SUMS, *_SIGNS, *(f"__{name}__" for name in _DUNDER))
+_KNOWN_FUNCTIONS = frozenset(
+    [*ASK, *MAKE, *(getattr(home, name) for home in (torch, Tensor) for name in _PURE if hasattr(home, name))]
+)
+_PLAIN = (bool, int, str, type(None), type(...), torch.dtype, torch.device, torch.layout, torch.memory_format)
 
 
 class Answers:
@@ -37,8 +45,7 @@ class Answers:
     """
 
     def __init__(self, inputs: Mapping[str, Any], layers: Sequence[nn.Module], stacks: Sequence[int]) -> None:
-        self._inputs = {name: value for name, value in inputs.items() if isinstance(value, Tensor) and is_small(value)}
-        self._memory = _Memory()
+        self._memory = _Memory({name: value for name, value in inputs.items() if _can_be_known(value)})
         self._listening = ExitStack()
         self._inside: int | None = None
         self._layers = layers
@@ -63,7 +70,7 @@ class Answers:
     def running(self) -> Iterator[None]:
         """Begin a run on the batch with the `with`."""
         around, self._inside = self._inside, None
-        self._memory.begin(self._inputs)
+        self._memory.begin()
         self._listen()
         try:
             yield
@@ -73,12 +80,21 @@ class Answers:
 
     def _listen(self) -> None:
         self._listening.close()
+        self._memory.is_muted = False
         self._listening.enter_context(self._memory)
+
+    def _stop_listening(self) -> None:
+        if torch.overrides._get_current_function_mode() is self._memory:
+            self._listening.close()
+        else:  # a mode of somebody else's lies on top, which is not ours to take off
+            self._memory.is_muted = True
 
     def _entering(self, stack: int) -> Callable[..., None]:
         def hook(_layer: nn.Module, _args: tuple[Any, ...]) -> None:
             self._inside = stack
-            self._listening.close()
+            self._stop_listening()
+            if stack == self._stacks[-1]:  # nothing is asked behind the last layers
+                self._memory.forget()
 
         return hook
 
@@ -92,32 +108,43 @@ class Answers:
 
 
 class _Memory(TorchFunctionMode):
-    """Tells tensors by how they were made of a batch, and remembers what was read from them."""
+    """Tells tensors by how they were made of a batch, and remembers what was read from them.
 
-    def __init__(self) -> None:
+    Attributes:
+        is_muted: Whether it only lets functions run.
+
+    Args:
+        inputs: The batch.
+    """
+
+    def __init__(self, inputs: Mapping[str, Tensor]) -> None:
         super().__init__()
+        self.is_muted = False
+        self._inputs = inputs
+        self._versions = [tensor._version for tensor in inputs.values()]
         self._numbers: dict[Any, int] = {}
         self._told: dict[Any, Any] = {}
-        # Each tensor is kept with its number, so that no other one can get its id.
-        self._known: dict[int, tuple[Tensor, int]] = {}
-        self._of_batch: set[int] = set()
-        self._is_lost = False
+        # Each tensor is kept with its number, so that no other one can get its id, and with its version, which every
+        # change in place counts up, whoever makes it and through whichever view.
+        self._known: dict[int, tuple[Tensor, int, int]] = {}
 
-    def begin(self, inputs: Mapping[str, Tensor]) -> None:
-        """Start anew from the batch; what was told before holds."""
+    def begin(self) -> None:
+        """Start anew from the batch. What was told before holds, unless the batch has changed."""
+        self.forget()
+        if [tensor._version for tensor in self._inputs.values()] == self._versions:
+            for name, tensor in self._inputs.items():
+                self._know(tensor, name)
+
+    def forget(self) -> None:
+        """Let go of all tensors."""
         self._known.clear()
-        for name, tensor in inputs.items() if not self._is_lost else ():
-            self._of_batch.add(self._know(tensor, name))
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Sequence[type], args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         """Run a function of torch, or answer from memory where its result is no tensor."""
         kwargs = kwargs or {}
-        if changes(func, kwargs):
-            self._forget(tensors_in((*args[:1], kwargs.get("out"))))
-            return func(*args, **kwargs)
-        made = self._made_by(func, args, kwargs)
+        made = None if self.is_muted else self._made_by(func, args, kwargs)
         if made is None:
             return func(*args, **kwargs)
         if func in ASK:
@@ -126,43 +153,37 @@ class _Memory(TorchFunctionMode):
             return deepcopy(self._told[made])
         result = func(*args, **kwargs)
         # What is there already, such as a batch that is sent to where it is, keeps its number.
-        if isinstance(result, Tensor) and id(result) not in self._known and (is_small(result) or func in MAKE):
+        if id(result) not in self._known and _can_be_known(result, floats=func in MAKE):
             self._know(result, made)
         return result
 
+    def _know(self, tensor: Tensor, made: Any) -> None:
+        self._known[id(tensor)] = tensor, self._numbers.setdefault(made, len(self._numbers)), tensor._version
+
     def _made_by(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """Return what is the same where a function makes the same of the same; None if that cannot be told."""
-        tensors = tensors_in((*args, *kwargs.values()))
-        if not (tensors or func in MAKE) or draws(func) or "empty" in getattr(func, "__name__", ""):
+        if func not in _KNOWN_FUNCTIONS or kwargs.get("out") is not None:
             return None
-        if not all(id(tensor) in self._known for tensor in tensors):
+        if func not in MAKE and not (args and isinstance(args[0], Tensor | list | tuple)):
             return None
         try:
-            return func, self._number_of(args), self._number_of(sorted(kwargs.items()))
+            return func, self._number_of(args), self._number_of(sorted(kwargs.items())), torch.get_default_dtype()
         except _UnknownError:
             return None
-
-    def _forget(self, changed: Sequence[Tensor]) -> None:
-        """Forget all that shares memory with what is being changed; if that is the batch, for good."""
-        places = {tensor.untyped_storage().data_ptr() for tensor in changed}
-        for key, (tensor, number) in list(self._known.items()):
-            if tensor.untyped_storage().data_ptr() in places:
-                del self._known[key]
-                self._is_lost = self._is_lost or number in self._of_batch
-
-    def _know(self, tensor: Tensor, made: Any) -> int:
-        number = self._numbers.setdefault(made, len(self._numbers))
-        self._known[id(tensor)] = tensor, number
-        return number
 
     def _number_of(self, value: Any) -> Any:
         """Return something to compare arguments by: tensors by their number, everything else by type and value."""
         if isinstance(value, Tensor):
-            return Tensor, self._known[id(value)][1]
+            tensor, number, version = self._known.get(id(value), (None, 0, 0))
+            if tensor is not value or value._version != version:
+                raise _UnknownError
+            return Tensor, number
         if isinstance(value, slice):
             return slice, *map(self._number_of, (value.start, value.stop, value.step))
         if isinstance(value, list | tuple):
-            return tuple, *map(self._number_of, value)
+            return type(value), *map(self._number_of, value)
+        if isinstance(value, float):
+            return float, repr(value)
         if not isinstance(value, _PLAIN):
             raise _UnknownError
         return type(value), value
@@ -172,34 +193,35 @@ class _UnknownError(Exception):
     """An argument cannot be compared with another one."""
 
 
+def _can_be_known(value: Any, *, floats: bool = False) -> bool:
+    """Tell whether a value is an ordinary small tensor, of whole numbers if nothing else is said."""
+    if type(value) is not Tensor or value.layout != torch.strided or value.is_inference():
+        return False
+    if torch._C._functorch.is_functorch_wrapped_tensor(value):
+        return False
+    return value.numel() <= LARGEST and (floats or is_small(value))
+
+
 def is_waited_for(inputs: Mapping[str, Any]) -> bool:
     """Tell whether to read from a batch is to wait for a device."""
     return any(isinstance(value, Tensor) and value.device.type != "cpu" for value in inputs.values())
 
 
+def compiles_outside(model: nn.Module, layers: Iterable[nn.Module]) -> bool:
+    """Tell whether a model runs compiled code outside its layers, which cannot be listened to.
+
+    Masks of flex attention are such code, and embeddings that a user has compiled.
+    """
+    if "flex" in str(getattr(getattr(model, "config", None), "_attn_implementation", None)):
+        return True
+    inside = {module for layer in layers for module in layer.modules()}
+    return any(
+        module._compiled_call_impl is not None or hasattr(module, "_orig_mod")
+        for module in model.modules()
+        if module not in inside
+    )
+
+
 def is_small(tensor: Tensor) -> bool:
     """Tell whether models may ask about a tensor: few whole numbers."""
     return not tensor.is_floating_point() and not tensor.is_complex() and tensor.numel() <= LARGEST
-
-
-def tensors_in(values: Iterable[Any]) -> list[Tensor]:
-    """Return the tensors among arguments, and in their lists."""
-    found = []
-    for value in values:
-        if isinstance(value, Tensor):
-            found.append(value)
-        elif isinstance(value, list | tuple):
-            found += tensors_in(value)
-    return found
-
-
-def changes(func: Callable[..., Any], kwargs: Mapping[str, Any]) -> bool:
-    """Tell whether a function changes a tensor that it is given."""
-    name = getattr(func, "__name__", "")
-    in_place = name in _IN_PLACE or (name.endswith("_") and not name.endswith("__"))
-    return in_place or kwargs.get("out") is not None
-
-
-def draws(func: Callable[..., Any]) -> bool:
-    """Tell whether the result of a function is not its arguments' alone."""
-    return any(name in getattr(func, "__name__", "") for name in _DRAWS)

@@ -14,11 +14,14 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from hf_blocklocal.anatomy.answers import ASK, MAKE, changes, draws, is_small, tensors_in
+from hf_blocklocal.anatomy.answers import ASK, MAKE, is_small
 from hf_blocklocal.crossing import sent
 
 
 _SEARCH = (Tensor.nonzero, torch.nonzero, torch.argwhere, Tensor.unique, torch.unique)
+_DRAWS = ("rand", "bernoulli", "multinomial", "normal")
+_OPERATORS = ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and", "or", "xor", "lshift", "rshift")
+_IN_PLACE = ("__setitem__", *(f"__i{name}__" for name in _OPERATORS))
 _CPU = torch.device("cpu")
 
 
@@ -54,9 +57,9 @@ class Shadows(TorchFunctionMode):
     ) -> Any:
         """Run a function of torch, and once more on shadows, if all of its tensors have one."""
         kwargs = kwargs or {}
-        tensors = tensors_in((*args, *kwargs.values()))
+        tensors = _tensors_in((*args, *kwargs.values()))
         is_known = all(id(tensor) in self._known for tensor in tensors) and (tensors or func in MAKE)
-        if not is_known or draws(func):
+        if not is_known or _draws(func):
             return self._with_others(func, tensors, args, kwargs)
         if func in ASK:
             return func(self._known[id(args[0])][1], *args[1:], **kwargs)
@@ -67,7 +70,7 @@ class Shadows(TorchFunctionMode):
         if len({tensor.device for tensor in tensors if tensor.dim() > 0}) > 1:
             args, kwargs = self._brought(tensors[0].device, args, kwargs)
         result = func(*args, **kwargs)
-        if changes(func, kwargs) or (isinstance(result, Tensor) and (is_small(result) or func in MAKE)):
+        if _changes(func, kwargs) or (isinstance(result, Tensor) and (is_small(result) or func in MAKE)):
             shadow = self._run_on_shadows(func, args, kwargs)
             if isinstance(result, Tensor):
                 self._known[id(result)] = (result, shadow)
@@ -79,7 +82,7 @@ class Shadows(TorchFunctionMode):
         """Run a function on tensors of which not all have a shadow; those that have come to where the others are."""
         if not any(id(tensor) in self._known for tensor in tensors):
             return func(*args, **kwargs)
-        if is_small(tensors[0]) and changes(func, kwargs):
+        if is_small(tensors[0]) and _changes(func, kwargs):
             self._known.clear()  # a shadow may have been changed, or what it is a view of
             return func(*args, **kwargs)
         others = [tensor.device for tensor in tensors if id(tensor) not in self._known]
@@ -118,7 +121,7 @@ class Shadows(TorchFunctionMode):
     def _found(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Return what a search in main memory has found, on the device."""
         device, found = args[0].device, self._run_on_shadows(func, args, kwargs)
-        shadows = tensors_in([found])
+        shadows = _tensors_in([found])
         results = [sent(shadow, device) for shadow in shadows]
         self._known |= {id(tensor): (tensor, shadow) for tensor, shadow in zip(results, shadows, strict=True)}
         return results[0] if isinstance(found, Tensor) else tuple(results)
@@ -142,3 +145,25 @@ class Shadows(TorchFunctionMode):
         if isinstance(value, list | tuple) and not isinstance(value, torch.Size):
             return type(value)(map(self._shadow_of, value))
         return _CPU if isinstance(value, torch.device) else value
+
+
+def _changes(func: Callable[..., Any], kwargs: Mapping[str, Any]) -> bool:
+    """Tell whether a function changes a tensor that it is given."""
+    name = getattr(func, "__name__", "")
+    in_place = name in _IN_PLACE or (name.endswith("_") and not name.endswith("__"))
+    return in_place or kwargs.get("out") is not None
+
+
+def _draws(func: Callable[..., Any]) -> bool:
+    """Tell whether the result of a function is not its arguments' alone."""
+    return any(name in getattr(func, "__name__", "") for name in _DRAWS)
+
+
+def _tensors_in(values: Iterable[Any]) -> list[Tensor]:
+    found = []
+    for value in values:
+        if isinstance(value, Tensor):
+            found.append(value)
+        elif isinstance(value, list | tuple):
+            found += _tensors_in(value)
+    return found

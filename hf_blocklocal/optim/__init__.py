@@ -1,1 +1,1 @@
-"""What becomes of the gradients of a block: averaged over processes, scaled, clipped, stepped, always by itself."""
+"""What becomes of the gradients of a block, always by itself: averaged, scaled, clipped, stepped at its own rate."""

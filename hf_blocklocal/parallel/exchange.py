@@ -16,7 +16,7 @@ from hf_blocklocal.parallel.chain import Chain
 
 
 class WeightExchange:
-    """Lends weights of one block and borrows those of others; see `copies.Exchange`.
+    """Lends weights of one block and borrows those of others; see `borrowing.copies.Exchange`.
 
     All processes must make it together.
 

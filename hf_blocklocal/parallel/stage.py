@@ -24,7 +24,7 @@ from hf_blocklocal.cut.needs import Needs
 
 
 class Stage:
-    """The station of one block; see `blocks.Station`.
+    """The station of one block; see `cut.blocks.Station`.
 
     Args:
         model: The model.

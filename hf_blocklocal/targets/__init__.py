@@ -1,4 +1,4 @@
 """What a batch asks of a model: its labels, of any of the usual shapes, as one flat list of targets.
 
-Knows nothing of blocks, heads or losses.
+Losses are not known here.
 """

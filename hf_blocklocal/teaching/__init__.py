@@ -1,1 +1,1 @@
-"""One local step: what stands at the ends of blocks, the loss of each, and the backward pass that goes no further."""
+"""One local step: what stands at the ends of blocks, their losses, and what changes in the course of a run."""

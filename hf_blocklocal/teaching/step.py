@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_blocklocal.anatomy.answers import Answers, is_waited_for
+from hf_blocklocal.anatomy.answers import Answers, compiles_outside, is_waited_for
 from hf_blocklocal.anatomy.layers import RouterLoss, outputs_not_recorded
 from hf_blocklocal.borrowing.shortcut import Shortcut
 from hf_blocklocal.cut.blocks import Boundaries
@@ -181,10 +181,12 @@ class LocalStep:
     @contextmanager
     def _remembered(self, inputs: Mapping[str, Any] | None) -> Iterator[None]:
         """Answer heads that borrow what the model has asked of its inputs, where asking makes the host wait."""
-        if self.shortcut is None or self.devices or not is_waited_for(inputs or {}):
+        layers = self.boundaries.layers
+        can_listen = self.shortcut is not None and not compiles_outside(self.shortcut.model, layers)
+        if not can_listen or self.devices or not is_waited_for(inputs or {}):
             yield
             return
-        self._answers = Answers(inputs, self.boundaries.layers, self.boundaries.cut.stacks)
+        self._answers = Answers(inputs, layers, self.boundaries.cut.stacks)
         try:
             with self._answers.attached():
                 yield

@@ -130,7 +130,9 @@ def put_into(report: dict[str, Any], path: Path, *, cells: bool) -> dict[str, An
                 )
             anew = {(case["row"], case["num_blocks"]): case for case in task["cases"]}
             kept = [anew.pop((case["row"], case["num_blocks"]), case) for case in tasks[name]["cases"]]
-            task = {**tasks[name], "cases": [*kept, *anew.values()]}
+            order = list(ROWS)
+            cases = sorted([*kept, *anew.values()], key=lambda case: (*order, case["row"]).index(case["row"]))
+            task = {**tasks[name], "cases": cases}
         tasks[name] = task
     return {**report, "command": earlier["command"], "tasks": tasks}
 

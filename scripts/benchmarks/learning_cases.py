@@ -49,7 +49,7 @@ def list_cases(
                 continue
             try:
                 for num_blocks in (blocks or task.blocks) if row.depends_on_blocks else (None,):
-                    row.settings(num_blocks, single_stack=task.single_stack)
+                    row.settings(num_blocks, single_stack=task.single_stack, pretrained=task.pretrained)
                     cases.append(Case(task, row, num_blocks))
             except ConfigError as error:
                 skipped.append({"task": task.name, "row": row.name, "reason": str(error)})

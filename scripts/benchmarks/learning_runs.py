@@ -18,7 +18,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from learning_rows import LORA, Row
+from learning_rows import LORA, ONE_RATE, Row
 from learning_tasks import Data, Task, load_data, load_fingerprint
 from learning_tasks.base import code_hash, hash_of, versions
 from learning_tasks.pretraining import silent_arguments
@@ -46,7 +46,8 @@ class Run:
     @property
     def settings(self) -> dict[str, Any]:
         """All that the row is on this task."""
-        return self.row.settings(self.num_blocks, single_stack=self.task.single_stack)
+        task = self.task
+        return self.row.settings(self.num_blocks, single_stack=task.single_stack, pretrained=task.pretrained)
 
     @property
     def details(self) -> str:
@@ -165,7 +166,7 @@ def train(run: Run, model: Any, data: Data, curve: list[tuple[int, float]]) -> A
             "data_collator": run.task.collate,
         }
         if run.row.method == "local":
-            config = BlockLocalConfig.from_dict(run.settings["block_local"])
+            config = BlockLocalConfig.from_dict(ONE_RATE | run.settings["block_local"])
             trainer = BlockLocalTrainer(model, block_local=config, **common)
         else:
             if run.row.method == "freeze":
