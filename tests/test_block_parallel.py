@@ -34,7 +34,7 @@ WRITTEN = {**BEST, "metric_for_best_model": "written"}
 COPIED = {"head_copies": "trained"}
 # Cases of two processes, each with the block-parallel size that it gets there.
 TWO = {
-    "bert": {"specimen": "bert", "dropout": 0.1, "drift": 4, "args": BEST, "config": {}},
+    "bert": {"specimen": "bert", "dropout": 0.1, "drift": 4, "args": BEST, "config": {"block_lr_decay": 0.5}},
     "bert, own heads": {
         "specimen": "bert",
         "dropout": 0.1,
@@ -127,7 +127,11 @@ TWO = {
     },
 }
 FOUR = {
-    "bert in 4": {"specimen": "bert", "dropout": 0.1, "config": {"num_blocks": 4, "head_layers": 2}},
+    "bert in 4": {
+        "specimen": "bert",
+        "dropout": 0.1,
+        "config": {"num_blocks": 4, "head_layers": 2, "block_lr_decay": 0.5},
+    },
     "t5 in 4": {"specimen": "t5", "dropout": 0.1, "config": {"num_blocks": 4, "tied_weights": "freeze"}},
     "deberta in 4": {"specimen": "deberta_v2", "dropout": 0.1, "config": {"num_blocks": 4}},
     "bart in 4, writing": {
