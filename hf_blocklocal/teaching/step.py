@@ -182,8 +182,10 @@ class LocalStep:
     def _remembered(self, inputs: Mapping[str, Any] | None) -> Iterator[None]:
         """Answer heads that borrow what the model has asked of its inputs, where asking makes the host wait."""
         layers = self.boundaries.layers
-        can_listen = self.shortcut is not None and not compiles_outside(self.shortcut.model, layers)
-        if not can_listen or self.devices or not is_waited_for(inputs or {}):
+        if self.shortcut is None or self.devices or not is_waited_for(inputs or {}):
+            yield
+            return
+        if compiles_outside(self.shortcut.model, layers):
             yield
             return
         self._answers = Answers(inputs, layers, self.boundaries.cut.stacks)
