@@ -133,6 +133,29 @@ def test_a_mode_of_somebody_else_stays_on_and_ours_does_not_stay():
     assert _get_current_function_mode() is None
 
 
+def test_a_mode_of_somebody_else_around_encoder_and_decoder_is_never_taken_off():
+    class Other(TorchFunctionMode):
+        def __torch_function__(self, func, types, args=(), kwargs=None):
+            return func(*args, **(kwargs or {}))
+
+    encoder, decoder, other, asked = nn.Identity(), nn.Identity(), Other(), []
+    answers = Answers({"mask": MASK}, [encoder, decoder], [0, 1])
+
+    def run():
+        encoder(MASK)
+        asked.append(bool(MASK.all()))
+        decoder(MASK)
+
+    with answers.attached(), other:
+        run()
+        with answers.running():
+            run()
+            assert _get_current_function_mode() is other
+        assert _get_current_function_mode() is other
+    assert _get_current_function_mode() is None
+    assert asked == [False, False]
+
+
 def test_a_model_that_raises_leaves_nothing_behind():
     layer = nn.Identity()
     answers = Answers({"mask": MASK}, [layer], [0])

@@ -46,7 +46,7 @@ class Answers:
 
     def __init__(self, inputs: Mapping[str, Any], layers: Sequence[nn.Module], stacks: Sequence[int]) -> None:
         self._memory = _Memory({name: value for name, value in inputs.items() if _can_be_known(value)})
-        self._listening = ExitStack()
+        self._is_on = False
         self._inside: int | None = None
         self._layers = layers
         self._firsts = [index for index in range(len(stacks)) if stacks.index(stacks[index]) == index]
@@ -56,7 +56,6 @@ class Answers:
     def attached(self) -> Iterator[None]:
         """Listen while the model runs inside the `with`, for the first time or, inside of that, again."""
         with ExitStack() as stack:
-            stack.callback(self._listening.close)
             for first in self._firsts:
                 enter = self._layers[first].register_forward_pre_hook(self._entering(self._stacks[first]))
                 stack.callback(enter.remove)
@@ -75,19 +74,21 @@ class Answers:
         try:
             yield
         finally:
-            self._listening.close()
+            self._stop_listening()
             self._inside = around
 
     def _listen(self) -> None:
-        self._listening.close()
+        if not self._is_on:
+            self._memory.__enter__()
+            self._is_on = True
         self._memory.is_muted = False
-        self._listening.enter_context(self._memory)
 
     def _stop_listening(self) -> None:
-        if torch.overrides._get_current_function_mode() is self._memory:
-            self._listening.close()
-        else:  # a mode of somebody else's lies on top, which is not ours to take off
-            self._memory.is_muted = True
+        self._memory.is_muted = True
+        # Else a mode of somebody else's lies on top, which is not ours to take off.
+        if self._is_on and torch.overrides._get_current_function_mode() is self._memory:
+            self._memory.__exit__(None, None, None)
+            self._is_on = False
 
     def _entering(self, stack: int) -> Callable[..., None]:
         def hook(_layer: nn.Module, _args: tuple[Any, ...]) -> None:

@@ -1,8 +1,7 @@
 """Find the layers of any model by its structure.
 
-The only file, beside the trainer, that knows what a Hugging Face model looks like inside: where its layers are, what
-turns them off at random, which embedding stands for a target token, which routers it records. It knows nothing of
-blocks, heads or losses.
+Knows what a Hugging Face model looks like inside: where its layers are, what turns them off at random, which embedding
+stands for a target token, which routers it records. It knows nothing of blocks, heads or losses.
 """
 
 from __future__ import annotations

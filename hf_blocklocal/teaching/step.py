@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -181,19 +182,19 @@ class LocalStep:
     @contextmanager
     def _remembered(self, inputs: Mapping[str, Any] | None) -> Iterator[None]:
         """Answer heads that borrow what the model has asked of its inputs, where asking makes the host wait."""
-        layers = self.boundaries.layers
-        if self.shortcut is None or self.devices or not is_waited_for(inputs or {}):
+        if self.shortcut is None or self.devices or not is_waited_for(inputs or {}) or not self._can_listen:
             yield
             return
-        if compiles_outside(self.shortcut.model, layers):
-            yield
-            return
-        self._answers = Answers(inputs, layers, self.boundaries.cut.stacks)
+        self._answers = Answers(inputs, self.boundaries.layers, self.boundaries.cut.stacks)
         try:
             with self._answers.attached():
                 yield
         finally:
             self._answers = None
+
+    @cached_property
+    def _can_listen(self) -> bool:
+        return not compiles_outside(self.shortcut.model, self.boundaries.layers)
 
     def _own_loss(self) -> AbstractContextManager[None]:
         """Let the model compute its own loss in chunks, but not where heads borrow the model."""

@@ -119,6 +119,7 @@ CANDIDATES = [
     Row("default", "local", lowest_rate=None),
     Row("default in several processes", "local", in_processes=True, lowest_rate=None),
     Row("backpropagation, less below", "local", EVERYTHING, lowest_rate=0.3),
+    Row("default, a tenth below", "local", lowest_rate=0.1),
     Row("default, one rate", "local"),
     Row("default in several processes, one rate", "local", in_processes=True),
     Row("head_layers=0", "local", {"head_layers": 0}),
