@@ -160,6 +160,30 @@ def test_the_rate_is_tuned_with_one_seed_and_the_best_is_repeated(scripts, store
         assert case["at_edge"] == (case["rate"] != 1e-2)
 
 
+@pytest.mark.parametrize(
+    ("scores", "tried", "chosen", "at_edge"),
+    [
+        ({1e-3: 0.1, 2e-3: 0.3, 4e-3: 0.2}, [1e-3, 2e-3, 4e-3], 2e-3, False),
+        ({1e-3: 0.1, 2e-3: 0.2, 4e-3: 0.3, 8e-3: 0.2}, [1e-3, 2e-3, 4e-3, 8e-3], 4e-3, False),
+        ({1e-3: 0.1, 2e-3: 0.2, 4e-3: 0.3, 8e-3: 0.4, 1.6e-2: 0.5}, [1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2], 1.6e-2, True),
+        ({1e-3: 0.5, 2e-3: 0.2, 4e-3: 0.1, 5e-4: 0.4}, [5e-4, 1e-3, 2e-3, 4e-3], 1e-3, False),
+        ({1e-3: 0.1, 2e-3: 0.2, 4e-3: 0.3}, [1e-3, 2e-3, 4e-3, 8e-3], 4e-3, False),  # the fourth fails
+        ({1e-3: 0.0, 2e-3: 0.0, 4e-3: 0.0}, [1e-3, 2e-3, 4e-3], 1e-3, True),  # no rate is better than another
+    ],
+)
+def test_a_grid_goes_on_beyond_an_edge_that_is_best(scripts, store, tiny, scores, tried, chosen, at_edge):
+    cases = scripts["learning_cases"]
+    row = scripts["learning_rows"].ROWS["backpropagation"]
+    case = cases.Case(replace(tiny, rates=(1e-3, 2e-3, 4e-3)), row, None)
+    while missing := cases.missing_runs(case, store, (0,), lambda run: False):
+        for run in missing:
+            score = scores.get(run.rate)
+            store.save(run, {"error": "no"} if score is None else {"validation": score, "test": score})
+    summary = scripts["learning_summary"].summary_of(case, store, (0,))
+    assert [run["rate"] for run in summary["runs"]] == tried
+    assert (summary["rate"], summary["at_edge"]) == (chosen, at_edge)
+
+
 def test_what_has_been_run_is_not_run_again(scripts, store, tiny):
     first, report = run_rows(scripts, store, tiny, some(scripts, "backpropagation"))
     again, same = run_rows(scripts, store, tiny, some(scripts, "backpropagation"))

@@ -1,8 +1,9 @@
 """Measure how well block-local learning learns: every row on every task, several seeds, every learning rate tuned.
 
 For each row and number of blocks K, three learning rates are tried with the first seed, the same ones for every row
-of a task; the best on validation is run with the other seeds. Test samples are only reported. Every run leaves a file
-in runs/learning/, so the command can be stopped and started again. A run that fails is recorded with its error.
+of a task, and while the best is at the edge of those, up to two beyond it; the best on validation is run with the
+other seeds. Test samples are only reported. Every run leaves a file in runs/learning/, so the command can be stopped
+and started again. A run that fails is recorded with its error.
 
     OMP_NUM_THREADS=1 python scripts/benchmarks/learning.py --jobs 2
     OMP_NUM_THREADS=1 python scripts/benchmarks/learning.py --tasks text images --rows pred default --blocks 2

@@ -1,14 +1,22 @@
-"""The cells of the learning table: a row on a task with K blocks, and which runs each still needs."""
+"""The cells of the learning table: a row on a task with K blocks, and which runs each still needs.
+
+A learning rate is chosen from a grid that is the same for every row of a task. Where the best lies at an edge of it,
+the grid goes on beyond that edge, for this cell alone and by the same rule for every row.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from math import isfinite
+from math import inf, isfinite
 
 from learning_rows import ROWS, Row
 from learning_runs import Run, Store
 from learning_tasks import Task
+
+
+WIDENINGS = 2  # rates that a cell may try beyond the grid of its task
+FAILED = (-inf, 0.0)
 
 
 @dataclass(frozen=True)
@@ -19,14 +27,37 @@ class Case:
     row: Row
     num_blocks: int | None
 
-    def grid(self, seed: int) -> list[Run]:
-        """Return the runs among which the learning rate is chosen."""
+    def grid(self, store: Store, seed: int) -> list[Run]:
+        """Return the runs among which the learning rate is chosen, by ascending rate, as far as is known by now.
+
+        These are those of the task, and once they have been made, while one at an edge is better than all others, one
+        beyond it.
+        """
         rates = self.task.rates if self.row.learns else (None,)
-        return [Run(self.task, self.row, self.num_blocks, rate, seed) for rate in rates]
+        runs = [self._run(rate, seed) for rate in rates]
+        for _ in range(WIDENINGS if len(runs) > 1 else 0):
+            if any(store.load(run) is None for run in runs):
+                break
+            ranks = [rank(run, store) for run in runs]
+            if ranks[0] > max(ranks[1:]):
+                runs.insert(0, self._run(beyond(runs[1].rate, runs[0].rate), seed))
+            elif ranks[-1] > max(ranks[:-1]):
+                runs.append(self._run(beyond(runs[-2].rate, runs[-1].rate), seed))
+            else:
+                break
+        return runs
 
     def repeats(self, rate: float | None, seeds: Sequence[int]) -> list[Run]:
         """Return the runs with the chosen rate and the other seeds."""
-        return [Run(self.task, self.row, self.num_blocks, rate, seed) for seed in seeds if self.row.learns]
+        return [self._run(rate, seed) for seed in seeds if self.row.learns]
+
+    def _run(self, rate: float | None, seed: int) -> Run:
+        return Run(self.task, self.row, self.num_blocks, rate, seed)
+
+
+def beyond(inner: float, edge: float) -> float:
+    """Return the rate that is as far from the edge of a grid as the edge is from its neighbour, to two digits."""
+    return float(f"{edge * edge / inner:.2g}")
 
 
 def list_cases(
@@ -57,14 +88,13 @@ def list_cases(
 
 
 def missing_runs(case: Case, store: Store, seeds: Sequence[int], failed_too: Callable[[Run], bool]) -> list[Run]:
-    """Return the runs of a case that can be started now: the grid, or once that is complete the other seeds."""
+    """Return the runs of a case that can be started now: the grid, or once its best is inside it the other seeds."""
 
     def is_missing(run: Run) -> bool:
         result = store.load(run)
         return result is None or ("error" in result and failed_too(run))
 
-    grid = case.grid(seeds[0])
-    missing = [run for run in grid if is_missing(run)]
+    missing = [run for run in case.grid(store, seeds[0]) if is_missing(run)]
     if missing:
         return missing
     best = best_run(case, store, seeds[0])
@@ -77,28 +107,29 @@ def is_complete(case: Case, store: Store, seeds: Sequence[int]) -> bool:
 
 
 def best_run(case: Case, store: Store, seed: int) -> Run | None:
-    """Return the run of the grid that is best on validation, None if all have failed.
+    """Return the run of the grid that is best on validation, the first of equals; None if all have failed."""
+    best = max(case.grid(store, seed), key=lambda run: rank(run, store))
+    return best if rank(best, store) > FAILED else None
 
-    Where several are perfect, the one that became so first is best: the one with the larger area under its curve.
+
+def rank(run: Run, store: Store) -> tuple[float, float]:
+    """Return what runs are ordered by: the validation score, more being better; `FAILED` without a finite one.
+
+    Where several are perfect, the one that became so first is ahead: the one with the larger area under its curve.
     """
-    best, best_score = None, (0.0, 0.0)
-    sign = 1 if case.task.metric.higher_is_better else -1
-    for run in case.grid(seed):
-        result = store.load(run) or {}
-        score = result.get("validation")
-        if score is None or not isfinite(score):
-            continue
-        ranked = (sign * score, sign * sum(value for _, value in result.get("curve", ())))
-        if best is None or ranked > best_score:
-            best, best_score = run, ranked
-    return best
+    result = store.load(run) or {}
+    score = result.get("validation")
+    if score is None or not isfinite(score):
+        return FAILED
+    sign = 1 if run.task.metric.higher_is_better else -1
+    return sign * score, sign * sum(value for _, value in result.get("curve", ()))
 
 
 def estimate(cases: Sequence[Case], store: Store, seeds: Sequence[int], jobs: int) -> str:
-    """Say how many runs are missing and how long they take."""
+    """Say how many runs are missing and how long they take, without rates beyond the grid that may follow."""
     total, seconds = 0, 0.0
     for case in cases:
-        left = sum(store.load(run) is None for run in case.grid(seeds[0]))
+        left = sum(store.load(run) is None for run in case.grid(store, seeds[0]))
         best = None if left else best_run(case, store, seeds[0])
         if left or best:  # where the whole grid has failed, nothing follows
             repeats = case.repeats(best.rate if best else None, seeds[1:])

@@ -28,7 +28,7 @@ def markdown(report: Mapping[str, Any]) -> list[str]:
     lines += [*margins(report), ""]
     lines.append(
         f"Mean ± standard deviation over seeds {', '.join(map(str, report['seeds']))}. {EDGE}: the best learning rate "
-        f"is at the edge of the grid. {FEWER}: a run with the chosen rate failed."
+        f"is at the edge of all that were tried. {FEWER}: a run with the chosen rate failed."
     )
     if any(case["other_code"] for task in report["tasks"].values() for case in task["cases"]):
         lines.append("Some block-local runs were made with an earlier state of the package.")

@@ -48,7 +48,7 @@ def summary_of(case: Case, store: Store, seeds: Sequence[int]) -> dict[str, Any]
     """Summarize one row on one task with one number of blocks."""
     best = best_run(case, store, seeds[0])
     chosen = [] if best is None else [best, *case.repeats(best.rate, seeds[1:])]
-    grid = case.grid(seeds[0])
+    grid = case.grid(store, seeds[0])
     results = {store.path(run).name: (run, store.load(run)) for run in [*grid, *chosen]}
     rates = [run.rate for run in grid]
     local = case.row.method == "local"
