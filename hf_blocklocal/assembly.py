@@ -12,19 +12,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from hf_blocklocal.anatomy.layers import (
-    check_all_layers_run,
-    check_layers_not_shared,
-    find_router_loss,
-    find_stacks,
-    is_pretrained,
-    target_embedding,
-)
+from hf_blocklocal.anatomy.embeddings import target_embedding
+from hf_blocklocal.anatomy.layers import check_all_layers_run, check_layers_not_shared, find_stacks, is_pretrained
+from hf_blocklocal.anatomy.routers import find_router_loss
 from hf_blocklocal.anatomy.tying import shared_by_blocks, with_shared_weights_settled_, with_tied_weights_settled_
 from hf_blocklocal.borrowing.copies import Copies
 from hf_blocklocal.config.block_local import BlockLocalConfig
 from hf_blocklocal.config.defaults import refreshed, settled
-from hf_blocklocal.config.settings import check_adapters, check_quantisation
+from hf_blocklocal.config.refusals import check_adapters, check_quantisation
 from hf_blocklocal.cut.blocks import Boundaries, Cut
 from hf_blocklocal.cut.inlets import Inlets
 from hf_blocklocal.cut.needs import Needs, trace_needs
@@ -33,8 +28,7 @@ from hf_blocklocal.cut.trace import owners_of, plan_cut, plan_spans, trace_layer
 from hf_blocklocal.errors import UnsupportedSettingError
 from hf_blocklocal.optim.groups import factors_by_block, rates_of_feedback, scale_learning_rates_
 from hf_blocklocal.planning.balancing import balanced_cut
-from hf_blocklocal.planning.costs import head_costs, warn_of_heavy_heads
-from hf_blocklocal.planning.describing import table_of_blocks
+from hf_blocklocal.planning.head_costs import head_costs, warn_of_heavy_heads
 from hf_blocklocal.targets.batch import Targets, Task, labels_of
 from hf_blocklocal.teaching.building import (
     build_chunked,
@@ -46,6 +40,7 @@ from hf_blocklocal.teaching.building import (
     lend_to_train_,
     lent_to_heads,
 )
+from hf_blocklocal.teaching.describing import table_of_blocks
 from hf_blocklocal.teaching.reading import contrasts_tokens, targets_for
 from hf_blocklocal.teaching.step import LocalStep
 from hf_blocklocal.teaching.taught_model import TaughtModel, name_of_original

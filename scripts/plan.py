@@ -164,7 +164,7 @@ def measure(options: argparse.Namespace, config: Any) -> tuple[Any, Any, str]:
     import torch
 
     from hf_blocklocal.config.defaults import settled
-    from hf_blocklocal.cut.blueprint import (
+    from hf_blocklocal.planning.blueprint import (
         Shape,
         build_inputs,
         build_model,

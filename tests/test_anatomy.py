@@ -7,17 +7,16 @@ import torch
 from torch import nn
 from zoo import SPECIMENS, build_wav2vec2
 
+from hf_blocklocal.anatomy.embeddings import target_embedding, vocabulary_size
 from hf_blocklocal.anatomy.layers import (
     Stack,
     check_all_layers_run,
     check_layers_not_shared,
     check_layers_run_once,
-    find_router_loss,
     find_stacks,
     shifts_labels,
-    target_embedding,
-    vocabulary_size,
 )
+from hf_blocklocal.anatomy.routers import find_router_loss
 from hf_blocklocal.assembly import assemble, check_structure
 from hf_blocklocal.config.block_local import BlockLocalConfig
 from hf_blocklocal.cut.trace import trace_layers

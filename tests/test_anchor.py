@@ -13,7 +13,7 @@ from training import make, snapshot, whole_and_resumed
 from hf_blocklocal import BlockLocalConfig
 from hf_blocklocal.errors import AnchorMismatchError, UnsupportedSettingError
 from hf_blocklocal.optim.anchor import ANCHOR_NAME, Anchor
-from hf_blocklocal.optim.clipping import step_block_
+from hf_blocklocal.optim.stepping import step_block_
 
 
 def anchored(model, strength):

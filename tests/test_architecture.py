@@ -15,7 +15,7 @@ import hf_blocklocal
 
 PACKAGE = Path(__file__).parents[1] / "hf_blocklocal"
 FLOORS = [
-    ["errors", "crossing", "fitting", "metrics"],
+    ["errors", "crossing", "fitting", "metrics", "randomness"],
     ["extras", "optim", "targets"],
     ["config", "losses", "records"],
     ["anatomy", "card", "plots"],
@@ -32,15 +32,16 @@ FLOORS = [
 FLOOR = {room: number for number, floor in enumerate(FLOORS) for room in floor}
 ALLOWED = {
     "accelerate": {"trainer"},
-    "torch.distributed": {"optim.data_parallel", "parallel"},
+    "torch.distributed": {"optim.collectives", "optim.data_parallel", "parallel"},
     "transformers": {
         "anatomy.layers",
+        "anatomy.modes",
         "callbacks",
-        "config.settings",
-        "cut.blueprint",
+        "config.refusals",
         "depth",
         "metrics",
-        "targets.scaling",
+        "planning.blueprint",
+        "teaching.loss_scale",
         "trainer",
     },
     "datasets": {"metrics"},

@@ -36,8 +36,8 @@ from hf_blocklocal.card.tables import NO_BASELINE, duration
 from hf_blocklocal.errors import CardError
 from hf_blocklocal.feedback import FEEDBACK
 from hf_blocklocal.losses import LOSSES
-from hf_blocklocal.planning.describing import sizes, taught_by
 from hf_blocklocal.records.history import Memory, StepTime
+from hf_blocklocal.teaching.describing import sizes, taught_by
 
 
 @pytest.fixture(scope="module")

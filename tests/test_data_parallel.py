@@ -16,7 +16,8 @@ from torch import nn
 
 from hf_blocklocal.errors import CutError
 from hf_blocklocal.optim import data_parallel
-from hf_blocklocal.optim.data_parallel import GradientAverager, check_same_cut_everywhere
+from hf_blocklocal.optim.collectives import check_same_cut_everywhere
+from hf_blocklocal.optim.data_parallel import GradientAverager
 from hf_blocklocal.records.history import HISTORY_NAME, StepTime, Training, read_history
 
 

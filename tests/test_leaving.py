@@ -10,7 +10,7 @@ from training import make, snapshot
 from transformers import TrainerCallback
 
 from hf_blocklocal import BlockLocalConfig
-from hf_blocklocal.config.settings import check_can_be_told_to_end
+from hf_blocklocal.config.refusals import check_can_be_told_to_end
 from hf_blocklocal.errors import UnsupportedSettingError
 
 

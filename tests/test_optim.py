@@ -11,7 +11,8 @@ from torch import nn
 from transformers.optimization import Adafactor
 
 from hf_blocklocal.errors import UnsupportedSettingError
-from hf_blocklocal.optim.clipping import check_steps_by_block, clip_block_, step_block_, total_norm
+from hf_blocklocal.optim.clipping import clip_block_, total_norm
+from hf_blocklocal.optim.stepping import check_steps_by_block, step_block_
 
 
 def adamw(groups):

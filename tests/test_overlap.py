@@ -11,8 +11,8 @@ from training import hooks_left, make, snapshot, whole_and_resumed
 from zoo import SPECIMENS
 
 from hf_blocklocal import BlockLocalConfig, assemble
-from hf_blocklocal.cut.randomness import stream_per_block
 from hf_blocklocal.errors import LossNotSentBackError, UnsupportedSettingError
+from hf_blocklocal.randomness import stream_per_block
 from hf_blocklocal.records.memory import ActivationMeter
 
 

@@ -12,7 +12,9 @@ from packaging.version import Version
 from zoo import CLASSES, IGNORED, SPECIMENS
 
 from hf_blocklocal import BlockLocalConfig, assemble
-from hf_blocklocal.cut.blueprint import (
+from hf_blocklocal.cut.partition import Span
+from hf_blocklocal.errors import NonFiniteLossError, UnsupportedSettingError
+from hf_blocklocal.planning.blueprint import (
     Shape,
     build_inputs,
     build_model,
@@ -21,8 +23,6 @@ from hf_blocklocal.cut.blueprint import (
     task_of,
     without_memory,
 )
-from hf_blocklocal.cut.partition import Span
-from hf_blocklocal.errors import NonFiniteLossError, UnsupportedSettingError
 from hf_blocklocal.planning.measuring import Setting, measure_costs
 from hf_blocklocal.planning.watch import counter
 from hf_blocklocal.records.memory import ActivationMeter

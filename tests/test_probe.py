@@ -10,7 +10,8 @@ import torch
 from torch.utils.data import IterableDataset
 
 from hf_blocklocal.errors import TargetError
-from hf_blocklocal.targets.probe import first_batch, random_state_kept, with_own_generators
+from hf_blocklocal.randomness import random_state_kept
+from hf_blocklocal.targets.probe import first_batch, with_own_generators
 
 
 def collate(examples):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from hf_blocklocal.cut.randomness import stream_per_block
+from hf_blocklocal.randomness import stream_per_block
 
 
 def masks_of(blocks, *, seed=(1, 2)):

@@ -13,12 +13,12 @@ from transformers import AutoModelForSeq2SeqLM
 from zoo import BART, SPECIMENS, VOCABULARY, Specimen, build_tiny, translation_batch
 
 from hf_blocklocal import BlockLocalConfig, assemble
+from hf_blocklocal.anatomy.modes import evaluation_mode
 from hf_blocklocal.anatomy.signals import first_tensor
 from hf_blocklocal.borrowing.shortcut import borrowed_layers
 from hf_blocklocal.config.defaults import settled
 from hf_blocklocal.cut.blocks import Cut, Trail
 from hf_blocklocal.cut.partition import Span
-from hf_blocklocal.cut.trace import evaluation_mode
 from hf_blocklocal.errors import ConfigError, InputsNeededError, UnsupportedSettingError
 
 

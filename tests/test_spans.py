@@ -14,9 +14,9 @@ from transformers import AutoModelForQuestionAnswering, Trainer, TrainingArgumen
 from zoo import BART, BERT, DISTILBERT, TEXT_LENGTHS, build_tiny, random_text, seeded
 
 from hf_blocklocal import BlockLocalConfig, BlockLocalTrainer, assemble, early_exit, truncate
-from hf_blocklocal.cut.blueprint import Shape, build_inputs
 from hf_blocklocal.depth import Fit, measure_depths, open_trained
 from hf_blocklocal.errors import TargetError, UnsupportedSettingError
+from hf_blocklocal.planning.blueprint import Shape, build_inputs
 from hf_blocklocal.targets.spans import answer_logits, read_spans
 
 

@@ -8,7 +8,8 @@ import pytest
 import torch
 from zoo import SPECIMENS
 
-from hf_blocklocal.anatomy.layers import shifts_labels, vocabulary_size
+from hf_blocklocal.anatomy.embeddings import vocabulary_size
+from hf_blocklocal.anatomy.layers import shifts_labels
 from hf_blocklocal.config.block_local import BlockLocalConfig
 from hf_blocklocal.errors import TargetError
 from hf_blocklocal.feedback import build_head

@@ -1,24 +1,19 @@
 """Find the layers of any model by its structure.
 
-Knows what a Hugging Face model looks like inside: where its layers are, what turns them off at random, which embedding
-stands for a target token, which routers it records. It knows nothing of blocks, heads or losses.
+Knows what a Hugging Face model looks like inside: where its layers are, what turns them off at random, whether they
+come from a checkpoint. It knows nothing of blocks, heads or losses.
 """
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.utils.output_capturing import _active_collector
 
-from hf_blocklocal.anatomy.lending import replaced_forward
 from hf_blocklocal.errors import LayersNotFoundError, SharedLayersError, UnsupportedSettingError
 
 
@@ -141,20 +136,22 @@ def _outermost_lists(model: nn.Module, accepts: Callable[[nn.ModuleList], bool])
 def _named_layer_classes(model: nn.Module) -> set[str]:
     """Names of the classes that the model itself points out as layers."""
     names: set[str] = set()
-    for part in _pretrained_parts(model):
+    for part in pretrained_parts(model):
         names.update(part._no_split_modules or ())
-        for recorder in _recorders(part, "hidden_states"):
+        for recorder in recorders(part, "hidden_states"):
             names.add(getattr(getattr(recorder, "target_class", recorder), "__name__", str(recorder)))
     return names
 
 
-def _pretrained_parts(model: nn.Module) -> list[PreTrainedModel]:
+def pretrained_parts(model: nn.Module) -> list[PreTrainedModel]:
+    """Return the models of transformers that a model is made of, itself among them."""
     return [module for module in model.modules() if isinstance(module, PreTrainedModel)]
 
 
-def _recorders(part: PreTrainedModel, key: str) -> list[object]:
-    recorders = (getattr(part, "_can_record_outputs", None) or {}).get(key, [])
-    return recorders if isinstance(recorders, list) else [recorders]
+def recorders(part: PreTrainedModel, key: str) -> list[object]:
+    """Return what a model says it records an output from, such as `"router_logits"`: classes, or who picks them."""
+    recorded = (getattr(part, "_can_record_outputs", None) or {}).get(key, [])
+    return recorded if isinstance(recorded, list) else [recorded]
 
 
 def check_all_layers_run(model: nn.Module) -> None:
@@ -171,38 +168,6 @@ def check_all_layers_run(model: nn.Module) -> None:
                     f"LayerDrop is on ({where or 'model'}.{name} = {probability}): a skipped layer would leave its "
                     f"block without a loss. Load the model with {name}=0.0."
                 )
-
-
-def target_embedding(model: nn.Module) -> Tensor:
-    """Return the matrix whose row y stands for the token y: the language-model head, else the input embedding.
-
-    Returns:
-        The live weight, (V, E): vocabulary by embedding width. Read-only for the heads.
-    """
-    output = model.get_output_embeddings()
-    return (output if output is not None else model.get_input_embeddings()).weight
-
-
-def input_embedding(model: nn.Module) -> nn.Module | None:
-    """Return the module that turns token ids into vectors, None for models of images and sound."""
-    if not hasattr(model, "get_input_embeddings"):  # no model of transformers
-        return None
-    try:
-        embedding = model.get_input_embeddings()
-    except NotImplementedError:
-        return None
-    return embedding if isinstance(embedding, nn.Embedding) else None
-
-
-def output_embedding(model: nn.Module) -> nn.Module | None:
-    """Return the language-model head, None for models without one."""
-    return model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-
-
-def vocabulary_size(model: nn.Module) -> int | None:
-    """Return the number of tokens a language-model head chooses from, None for models without one."""
-    output = output_embedding(model)
-    return None if output is None else output.weight.shape[0]
 
 
 def is_pretrained(model: nn.Module) -> bool:
@@ -239,102 +204,3 @@ def shifts_labels(model: nn.Module, loss: Tensor, logits: Tensor, labels: Tensor
     in_place = nn.functional.cross_entropy(logits.flatten(0, 1).float(), labels.flatten())
     shifted = nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten())
     return bool((loss - shifted).abs() < (loss - in_place).abs())
-
-
-@dataclass(frozen=True)
-class RouterLoss:
-    """The load-balancing loss of a mixture of experts, and where its inputs come from.
-
-    Attributes:
-        routers: Dotted name of each router and the index of its logits in the router's output.
-        coefficient: Weight of the loss in the model's own total.
-        balance: `(router logits of some layers, attention mask) -> loss`.
-    """
-
-    routers: dict[str, int]
-    coefficient: float
-    balance: Callable[[tuple[Tensor, ...], Tensor | None], Tensor]
-
-
-def find_router_loss(model: nn.Module) -> RouterLoss | None:
-    """Return the router loss that the model adds in training, None if it adds none."""
-    routers = _find_routers(model)  # by their names in the wrapped model
-    model = model.get_base_model() if hasattr(model, "get_base_model") else model
-    config = getattr(model, "config", None)
-    if not getattr(config, "output_router_logits", False):
-        return None
-    balance = getattr(inspect.getmodule(type(model)), "load_balancing_loss_func", None)
-    if balance is None or not routers:
-        raise UnsupportedSettingError(
-            f"{type(model).__name__} has output_router_logits=True, but its router loss could not be taken apart by "
-            "block. Set model.config.output_router_logits = False to train without it."
-        )
-    experts, top_k = model.num_experts, model.num_experts_per_tok
-    return RouterLoss(routers, model.router_aux_loss_coef, lambda logits, mask: balance(logits, experts, top_k, mask))
-
-
-def _find_routers(model: nn.Module) -> dict[str, int]:
-    routers: dict[str, int] = {}
-    for part in _pretrained_parts(model):
-        for recorder in _recorders(part, "router_logits"):
-            target = getattr(recorder, "target_class", recorder)
-            if isinstance(target, type):
-                index = getattr(recorder, "index", 1)
-                routers |= {path: index for path, module in model.named_modules() if isinstance(module, target)}
-    return routers
-
-
-@contextmanager
-def outputs_not_recorded() -> Iterator[None]:
-    """Keep the model from recording outputs, such as router logits, a second time.
-
-    A backward pass inside the forward pass recomputes checkpointed layers while the model is still recording.
-    """
-    token = _active_collector.set(None)
-    try:
-        yield
-    finally:
-        _active_collector.reset(token)
-
-
-class _CheckpointedForward(GradientCheckpointingLayer):
-    """The forward of a layer, checkpointed as the layer's whole call would be."""
-
-    def __init__(self, layer: nn.Module) -> None:
-        super().__init__()
-        self.gradient_checkpointing = True
-        self._gradient_checkpointing_func = layer._gradient_checkpointing_func
-        self._can_checkpoint_with_cache = layer._can_checkpoint_with_cache
-        self.forward = layer.forward
-
-
-@contextmanager
-def padding_kept() -> Iterator[None]:
-    """Keep torch's own encoder from packing padded batches: what its layers then hand on has no shape to look at."""
-    before = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(before)
-
-
-@contextmanager
-def hooks_outside_checkpoint(layer: nn.Module) -> Iterator[None]:
-    """Keep the hooks of a layer from running inside its activation checkpoint, and again in its recomputation.
-
-    Args:
-        layer: A layer; its forward is checkpointed inside the `with`, if its whole call would be.
-    """
-    # Until transformers 5.23: later versions checkpoint the forward themselves.
-    whole_calls = isinstance(layer, GradientCheckpointingLayer) and "__call__" in vars(GradientCheckpointingLayer)
-    if not (whole_calls and layer.gradient_checkpointing and layer.training):
-        yield
-        return
-    checkpointed = _CheckpointedForward(layer)
-    layer.gradient_checkpointing = False
-    try:
-        with replaced_forward(layer, checkpointed.__call__):
-            yield
-    finally:
-        layer.gradient_checkpointing = True

@@ -8,7 +8,8 @@ from dataclasses import replace
 
 from torch import nn
 
-from hf_blocklocal.anatomy.layers import input_embedding, is_encoder_decoder, output_embedding
+from hf_blocklocal.anatomy.embeddings import input_embedding, output_embedding
+from hf_blocklocal.anatomy.layers import is_encoder_decoder
 from hf_blocklocal.config.block_local import BlockLocalConfig
 from hf_blocklocal.errors import UnsupportedSettingError
 

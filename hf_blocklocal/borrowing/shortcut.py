@@ -19,8 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from hf_blocklocal.anatomy.asking import confined_to, logits_of
-from hf_blocklocal.anatomy.layers import hooks_outside_checkpoint
 from hf_blocklocal.anatomy.lending import read_only, replaced_forward, statistics_kept, statistics_of
+from hf_blocklocal.anatomy.modes import hooks_outside_checkpoint
 from hf_blocklocal.anatomy.signals import beside_hidden, first_tensor, given_hidden
 from hf_blocklocal.borrowing.copies import Copies
 from hf_blocklocal.config.block_local import BlockLocalConfig

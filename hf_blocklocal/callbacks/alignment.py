@@ -11,7 +11,7 @@ from transformers import Trainer
 
 from hf_blocklocal.callbacks.base import BlockCallback, check_whole_model_here, collated, undisturbed
 from hf_blocklocal.errors import TargetError, UnsupportedSettingError
-from hf_blocklocal.targets.scaling import custom_loss
+from hf_blocklocal.teaching.loss_scale import custom_loss
 from hf_blocklocal.teaching.report import StepReport
 
 

@@ -16,7 +16,8 @@ from torch.utils.data import IterableDataset
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from hf_blocklocal.errors import TargetError, UnsupportedSettingError
-from hf_blocklocal.targets.probe import random_state_kept, with_own_generators
+from hf_blocklocal.randomness import random_state_kept
+from hf_blocklocal.targets.probe import with_own_generators
 
 
 class BlockCallback(TrainerCallback, ABC):

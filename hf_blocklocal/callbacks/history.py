@@ -13,7 +13,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 
 from hf_blocklocal.callbacks.portrait import blocks_of, devices_of
 from hf_blocklocal.errors import HistoryError
-from hf_blocklocal.optim.data_parallel import gather_from_processes
+from hf_blocklocal.optim.collectives import gather_from_processes
 from hf_blocklocal.records.history import (
     HISTORY_NAME,
     CutRow,

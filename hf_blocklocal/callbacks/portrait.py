@@ -8,9 +8,9 @@ from torch import nn
 
 from hf_blocklocal.assembly import Assembly
 from hf_blocklocal.borrowing.shortcut import borrowed_layers
-from hf_blocklocal.planning.describing import block_device, sizes, taught_by
 from hf_blocklocal.records.history import BlockOfCut
 from hf_blocklocal.records.memory import name_of
+from hf_blocklocal.teaching.describing import block_device, sizes, taught_by
 from hf_blocklocal.teaching.overlap import CITATION as OVERLAP
 from hf_blocklocal.teaching.polish import is_global
 

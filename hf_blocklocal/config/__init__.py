@@ -1,4 +1,4 @@
 """How a model is to be cut and taught: fields, what excludes what, and what they leave to the model.
 
-Touches no weight. `settings` looks at the arguments of `transformers` beside them.
+Touches no weight. `refusals` looks at the arguments of `transformers` beside them.
 """

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
-from hf_blocklocal.anatomy.layers import hooks_outside_checkpoint, padding_kept
+from hf_blocklocal.anatomy.modes import hooks_outside_checkpoint, padding_kept
 from hf_blocklocal.anatomy.signals import beside_hidden, first_tensor, hidden_name_in, made_elsewhere, map_tensors
 from hf_blocklocal.cut.partition import Span
 from hf_blocklocal.errors import BoundaryNotReachedError

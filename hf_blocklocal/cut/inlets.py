@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from hf_blocklocal.anatomy.signals import given_hidden
 from hf_blocklocal.cut.blocks import Boundaries
-from hf_blocklocal.cut.randomness import RandomState
+from hf_blocklocal.randomness import RandomState
 
 
 @dataclass(frozen=True)

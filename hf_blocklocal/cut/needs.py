@@ -15,9 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hf_blocklocal.anatomy.modes import evaluation_mode
 from hf_blocklocal.anatomy.signals import map_tensors
 from hf_blocklocal.cut.blocks import Boundaries
-from hf_blocklocal.cut.trace import evaluation_mode, trace_reach
+from hf_blocklocal.cut.trace import trace_reach
 
 
 @dataclass(frozen=True)

@@ -5,8 +5,7 @@ Runs the model's own forward without dropout and leaves it as it was; knows noth
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -14,13 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_blocklocal.anatomy.layers import (
-    Stack,
-    check_layers_run_once,
-    padding_kept,
-    shifts_labels,
-    vocabulary_size,
-)
+from hf_blocklocal.anatomy.embeddings import vocabulary_size
+from hf_blocklocal.anatomy.layers import Stack, check_layers_run_once, shifts_labels
+from hf_blocklocal.anatomy.modes import evaluation_mode
 from hf_blocklocal.anatomy.signals import beside_hidden, first_tensor, given_hidden
 from hf_blocklocal.config.block_local import BlockLocalConfig
 from hf_blocklocal.cut.blocks import Boundaries, Cut
@@ -249,19 +244,6 @@ def owners_of(names: Iterable[str], cut: Cut, reach: Sequence[set[str]]) -> dict
         return max((block for block, mine in enumerate(reach) if name in mine), default=cut.num_blocks - 1)
 
     return {name: owner(name) for name in names}
-
-
-@contextmanager
-def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Put every module into evaluation mode, and back into the mode it was in."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        with padding_kept():
-            yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
 
 
 def _costs(marks: Sequence[float], total: float) -> tuple[float, ...]:

@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_blocklocal.anatomy.layers import is_encoder_decoder, vocabulary_size
-from hf_blocklocal.cut.trace import evaluation_mode
+from hf_blocklocal.anatomy.embeddings import vocabulary_size
+from hf_blocklocal.anatomy.layers import is_encoder_decoder
+from hf_blocklocal.anatomy.modes import evaluation_mode
 from hf_blocklocal.errors import UnsupportedSettingError
 from hf_blocklocal.targets.spans import span_logits
 

@@ -20,9 +20,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hf_blocklocal.anatomy.lending import replaced_forward
+from hf_blocklocal.anatomy.modes import evaluation_mode
 from hf_blocklocal.anatomy.signals import hands_on, map_tensors
 from hf_blocklocal.config.block_local import BlockLocalConfig
-from hf_blocklocal.cut.trace import evaluation_mode
 from hf_blocklocal.depth.opening import Opened, Source, logits_of_head, open_trained
 from hf_blocklocal.errors import UnsupportedSettingError
 from hf_blocklocal.targets.batch import Targets

@@ -16,9 +16,10 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from hf_blocklocal.anatomy.modes import evaluation_mode
 from hf_blocklocal.anatomy.signals import first_tensor, map_tensors
 from hf_blocklocal.cut.blocks import Cut
-from hf_blocklocal.cut.trace import evaluation_mode, reached_parameters
+from hf_blocklocal.cut.trace import reached_parameters
 from hf_blocklocal.feedback import FeedbackHead, LinearReadout, MLPReadout
 from hf_blocklocal.losses import Agreement, Contrast
 from hf_blocklocal.targets.batch import Targets

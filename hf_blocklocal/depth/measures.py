@@ -16,8 +16,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from hf_blocklocal.anatomy.layers import is_encoder_decoder, vocabulary_size
-from hf_blocklocal.cut.trace import evaluation_mode
+from hf_blocklocal.anatomy.embeddings import vocabulary_size
+from hf_blocklocal.anatomy.layers import is_encoder_decoder
+from hf_blocklocal.anatomy.modes import evaluation_mode
 from hf_blocklocal.depth.calibration import on_device
 from hf_blocklocal.depth.exits import EarlyExit
 from hf_blocklocal.depth.opening import Opened

@@ -20,9 +20,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from hf_blocklocal.anatomy.modes import evaluation_mode
 from hf_blocklocal.borrowing.shortcut import borrowed_layers
 from hf_blocklocal.config.block_local import BlockLocalConfig
-from hf_blocklocal.cut.trace import evaluation_mode
 from hf_blocklocal.depth.calibration import fit_, on_device
 from hf_blocklocal.depth.expression import express_, input_embedding, last_layer_of, parameters_behind_layers
 from hf_blocklocal.depth.opening import Opened, Source, open_trained

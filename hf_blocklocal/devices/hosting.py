@@ -17,10 +17,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from hf_blocklocal.anatomy.modes import evaluation_mode
 from hf_blocklocal.anatomy.signals import given_hidden, map_tensors
 from hf_blocklocal.crossing import sent, turn_to
 from hf_blocklocal.cut.blocks import Cut
-from hf_blocklocal.cut.trace import evaluation_mode
 from hf_blocklocal.devices.shadows import Shadows, pairs_of
 
 

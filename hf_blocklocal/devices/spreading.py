@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_blocklocal.anatomy.layers import target_embedding
+from hf_blocklocal.anatomy.embeddings import target_embedding
+from hf_blocklocal.anatomy.modes import evaluation_mode
 from hf_blocklocal.assembly import Assembly
 from hf_blocklocal.crossing import sent
-from hf_blocklocal.cut.trace import evaluation_mode
 from hf_blocklocal.devices.copying import CopiesOnDevices, Place, Pool
 from hf_blocklocal.devices.hosting import Hosting, block_order
 from hf_blocklocal.devices.twins import Twins, make_twin

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_blocklocal.anatomy.layers import input_embedding
+from hf_blocklocal.anatomy.embeddings import input_embedding
 from hf_blocklocal.assembly import Assembly
 from hf_blocklocal.borrowing.shortcut import Shortcut
 from hf_blocklocal.crossing import sent

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_blocklocal.errors import UnsupportedSettingError
-from hf_blocklocal.optim.clipping import step_block_
+from hf_blocklocal.optim.stepping import step_block_
 
 
 class BlockScaler:

@@ -11,8 +11,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from hf_blocklocal.optim.clipping import check_norms, clip_block_, step_block_, total_norm
+from hf_blocklocal.optim.clipping import check_norms, clip_block_, total_norm
 from hf_blocklocal.optim.data_parallel import GradientAverager
+from hf_blocklocal.optim.stepping import step_block_
 
 
 class Sharded(Protocol):

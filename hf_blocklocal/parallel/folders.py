@@ -10,7 +10,7 @@ from uuid import uuid4
 import torch.distributed as dist
 
 from hf_blocklocal.errors import FolderNotSharedError
-from hf_blocklocal.optim.data_parallel import gather_from_processes
+from hf_blocklocal.optim.collectives import gather_from_processes
 from hf_blocklocal.parallel.chain import Chain
 
 

@@ -15,14 +15,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hf_blocklocal.anatomy.modes import evaluation_mode
 from hf_blocklocal.anatomy.signals import given_hidden, with_hidden
 from hf_blocklocal.cut.blocks import Boundaries, EndOfBlock
 from hf_blocklocal.cut.needs import Needs
-from hf_blocklocal.cut.trace import evaluation_mode
 from hf_blocklocal.errors import SplitError, UnsupportedSettingError
 from hf_blocklocal.parallel.stage import Stage, sides_of
 from hf_blocklocal.parallel.wire import put_together, take_apart
-from hf_blocklocal.targets.probe import random_state_kept
+from hf_blocklocal.randomness import random_state_kept
 
 
 # Kernels may add up in another order; what a layer did not get shows in digits well before these.

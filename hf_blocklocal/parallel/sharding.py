@@ -21,7 +21,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from hf_blocklocal.anatomy.signals import map_tensors
 from hf_blocklocal.errors import UnsupportedSettingError
-from hf_blocklocal.optim.data_parallel import broadcast_from_first, sum_over_processes
+from hf_blocklocal.optim.collectives import broadcast_from_first, sum_over_processes
 from hf_blocklocal.parallel.chain import Chain
 
 

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_blocklocal.anatomy.layers import input_embedding, output_embedding
+from hf_blocklocal.anatomy.embeddings import input_embedding, output_embedding
 from hf_blocklocal.anatomy.lending import replaced_forward
 from hf_blocklocal.anatomy.signals import hands_on, map_tensors
 from hf_blocklocal.cut.blocks import Boundaries

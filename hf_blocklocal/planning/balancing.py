@@ -14,14 +14,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from hf_blocklocal.anatomy.layers import target_embedding
+from hf_blocklocal.anatomy.embeddings import target_embedding
 from hf_blocklocal.config.block_local import BlockLocalConfig
 from hf_blocklocal.cut.blocks import Boundaries, Cut
 from hf_blocklocal.cut.inlets import Inlets
 from hf_blocklocal.cut.needs import trace_needs
 from hf_blocklocal.cut.partition import Span, cheapest_spans, even_spans
 from hf_blocklocal.cut.trace import Trace, trace_reach
-from hf_blocklocal.planning.costs import FORWARD_AND_BACKWARD, head_operations
+from hf_blocklocal.planning.head_costs import FORWARD_AND_BACKWARD, head_operations
 from hf_blocklocal.teaching.building import build_heads, build_shortcut
 from hf_blocklocal.teaching.reading import contrasts_tokens, targets_for
 from hf_blocklocal.teaching.step import LocalStep

@@ -14,13 +14,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from hf_blocklocal.anatomy.layers import (
-    check_all_layers_run,
-    find_router_loss,
-    find_stacks,
-    is_encoder_decoder,
-    target_embedding,
-)
+from hf_blocklocal.anatomy.embeddings import target_embedding
+from hf_blocklocal.anatomy.layers import check_all_layers_run, find_stacks, is_encoder_decoder
+from hf_blocklocal.anatomy.routers import find_router_loss
 from hf_blocklocal.anatomy.tying import freeze_shared_, with_tied_weights_settled_
 from hf_blocklocal.config.block_local import BlockLocalConfig
 from hf_blocklocal.config.defaults import settled

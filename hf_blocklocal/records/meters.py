@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from hf_blocklocal.optim.data_parallel import average_over_processes
+from hf_blocklocal.optim.collectives import average_over_processes
 
 
 class BlockLossMeter:

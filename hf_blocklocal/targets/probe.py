@@ -9,7 +9,6 @@ from __future__ import annotations
 import copy
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from itertools import islice
 from typing import Any
 
@@ -81,16 +80,3 @@ def with_own_generators(collator: Any) -> Any:
         elif isinstance(value, np.random.Generator | random.Random):
             setattr(copied, name, copy.deepcopy(value))
     return copied
-
-
-@contextmanager
-def random_state_kept() -> Iterator[None]:
-    """Give back the random streams of Python, NumPy and torch as they were."""
-    python_state, numpy_state = random.getstate(), np.random.get_state()
-    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
-    with torch.random.fork_rng(devices=devices):
-        try:
-            yield
-        finally:
-            random.setstate(python_state)
-            np.random.set_state(numpy_state)

@@ -56,11 +56,3 @@ def skip_ids(sorted_T: Tensor, ranks_M: Tensor) -> Tensor:
     """
     remaining_below_T = sorted_T - torch.arange(sorted_T.shape[0], device=sorted_T.device)
     return ranks_M + torch.searchsorted(remaining_below_T, ranks_M, right=True)
-
-
-def mixed(seed: tuple[int, ...]) -> int:
-    """Fold several small numbers into one seed, the same on every machine."""
-    mixture = 0
-    for part in seed:
-        mixture = (mixture * 1_000_003 + part + 1) % (1 << 63)
-    return mixture

@@ -10,20 +10,22 @@ import torch
 from torch import nn
 
 from hf_blocklocal.anatomy.asking import can_be_confined
-from hf_blocklocal.anatomy.layers import is_encoder_decoder, target_embedding
+from hf_blocklocal.anatomy.embeddings import target_embedding
+from hf_blocklocal.anatomy.layers import is_encoder_decoder
+from hf_blocklocal.anatomy.modes import evaluation_mode
 from hf_blocklocal.borrowing.copies import Copies
 from hf_blocklocal.borrowing.loans import Loan
 from hf_blocklocal.borrowing.shortcut import Shortcut
 from hf_blocklocal.config.block_local import BlockLocalConfig
 from hf_blocklocal.cut.blocks import Boundaries, Cut
 from hf_blocklocal.cut.inlets import Inlets
-from hf_blocklocal.cut.replay import Replay
-from hf_blocklocal.cut.trace import Trace, evaluation_mode
+from hf_blocklocal.cut.trace import Trace
 from hf_blocklocal.errors import UnsupportedSettingError
 from hf_blocklocal.feedback import FeedbackHead, build_head
 from hf_blocklocal.targets.batch import choose_alignment
 from hf_blocklocal.teaching.chunked import ChunkedLoss
 from hf_blocklocal.teaching.denoising import Denoising
+from hf_blocklocal.teaching.replay import Replay
 
 
 logger = logging.getLogger(__name__)

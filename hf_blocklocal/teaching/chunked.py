@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils.checkpoint import checkpoint
 
-from hf_blocklocal.anatomy.layers import output_embedding
+from hf_blocklocal.anatomy.embeddings import output_embedding
 from hf_blocklocal.anatomy.lending import replaced_forward
-from hf_blocklocal.cut.trace import evaluation_mode
+from hf_blocklocal.anatomy.modes import evaluation_mode
 from hf_blocklocal.errors import UnsupportedSettingError
 
 

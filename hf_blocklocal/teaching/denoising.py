@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_blocklocal.cut.replay import Replay
+from hf_blocklocal.randomness import mixed
 from hf_blocklocal.targets.batch import Targets
-from hf_blocklocal.targets.sampling import mixed
+from hf_blocklocal.teaching.replay import Replay
 
 
 NOISE = 0.01

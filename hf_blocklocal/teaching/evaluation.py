@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_blocklocal.anatomy.layers import outputs_not_recorded
+from hf_blocklocal.anatomy.modes import outputs_not_recorded
 from hf_blocklocal.losses import LocalLoss, Messages
 from hf_blocklocal.targets.batch import Targets, labels_of
 from hf_blocklocal.teaching.step import LocalStep

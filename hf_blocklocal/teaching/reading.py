@@ -10,8 +10,9 @@ from torch import Tensor
 
 from hf_blocklocal.feedback import FeedbackHead
 from hf_blocklocal.losses import Contrast
+from hf_blocklocal.randomness import mixed
 from hf_blocklocal.targets.batch import Targets, Task, read_targets
-from hf_blocklocal.targets.sampling import mixed, with_candidates
+from hf_blocklocal.targets.sampling import with_candidates
 from hf_blocklocal.targets.spans import read_spans
 
 

@@ -16,14 +16,15 @@ import torch
 from torch import Tensor
 
 from hf_blocklocal.anatomy.answers import Answers, compiles_outside, is_waited_for
-from hf_blocklocal.anatomy.layers import RouterLoss, outputs_not_recorded
+from hf_blocklocal.anatomy.modes import outputs_not_recorded
+from hf_blocklocal.anatomy.routers import RouterLoss
 from hf_blocklocal.borrowing.shortcut import Shortcut
 from hf_blocklocal.cut.blocks import Boundaries
 from hf_blocklocal.cut.inlets import Inlets
-from hf_blocklocal.cut.randomness import stream_per_block
 from hf_blocklocal.errors import InputsNeededError
 from hf_blocklocal.feedback import FeedbackHead
 from hf_blocklocal.losses import Messages
+from hf_blocklocal.randomness import stream_per_block
 from hf_blocklocal.targets.batch import Targets
 from hf_blocklocal.teaching.chunked import ChunkedLoss
 from hf_blocklocal.teaching.denoising import Denoising

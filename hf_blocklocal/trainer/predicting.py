@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from hf_blocklocal.cut.blocks import EndOfBlock
-from hf_blocklocal.cut.randomness import RandomState
 from hf_blocklocal.parallel.giving import share_from_last
 from hf_blocklocal.parallel.pooling import gather_samples, sum_over_blocks
+from hf_blocklocal.randomness import RandomState
 from hf_blocklocal.trainer.running import RunsApart
 
 

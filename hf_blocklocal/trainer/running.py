@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from hf_blocklocal.cut.blocks import EndOfBlock
 from hf_blocklocal.errors import BlockPeerError
-from hf_blocklocal.optim.data_parallel import sum_over_processes
+from hf_blocklocal.optim.collectives import sum_over_processes
 from hf_blocklocal.parallel.pooling import sum_over_blocks
 from hf_blocklocal.trainer.resuming import FindsCheckpoints
 

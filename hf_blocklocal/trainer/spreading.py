@@ -9,7 +9,7 @@ import torch
 from accelerate.hooks import remove_hook_from_submodules
 from torch import Tensor, nn
 
-from hf_blocklocal.config.settings import check_model_given, check_outputs_of_all_layers, check_spread
+from hf_blocklocal.config.refusals import check_model_given, check_outputs_of_all_layers, check_spread
 from hf_blocklocal.devices.layout import Layout, find_layout
 from hf_blocklocal.devices.ledger import Ledger
 from hf_blocklocal.devices.spreading import Spread, gather_

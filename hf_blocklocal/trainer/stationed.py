@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Trainer
 
-from hf_blocklocal.config.settings import (
+from hf_blocklocal.config.refusals import (
     check_block_parallel,
     check_can_be_told_to_end,
     check_has_values,
@@ -20,13 +20,13 @@ from hf_blocklocal.config.settings import (
     check_outputs_of_all_layers,
 )
 from hf_blocklocal.errors import BlockLocalError
-from hf_blocklocal.optim.data_parallel import check_same_cut_everywhere
+from hf_blocklocal.optim.collectives import check_same_cut_everywhere
 from hf_blocklocal.parallel.chain import Chain, ReplicaMesh, form_chains
 from hf_blocklocal.parallel.leaving import Leaving, LeavingAlone
 from hf_blocklocal.parallel.sharding import ShardedLayers, part_like, whole_like
 from hf_blocklocal.parallel.shards import OptimizerShard, check_is_elementwise
 from hf_blocklocal.parallel.stationing import Stationing
-from hf_blocklocal.targets.probe import random_state_kept
+from hf_blocklocal.randomness import random_state_kept
 
 
 class TakesStation(Trainer):

@@ -9,7 +9,7 @@ from transformers import Seq2SeqTrainingArguments, TrainingArguments
 from zoo import SPECIMENS
 
 from hf_blocklocal.config.block_local import BlockLocalConfig
-from hf_blocklocal.config.settings import (
+from hf_blocklocal.config.refusals import (
     check_arguments,
     check_block_parallel,
     check_launcher,

@@ -7,15 +7,15 @@ draws from goes on as if no block had drawn anything.
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
-
-from hf_blocklocal.targets.sampling import mixed
 
 
 @dataclass(frozen=True)
@@ -74,3 +74,24 @@ def stream_per_block(
             stack.callback(layer.register_forward_hook(start(block + 1)).remove)
         seed_(mixed((*seed, 0)))
         yield
+
+
+def mixed(seed: tuple[int, ...]) -> int:
+    """Fold several small numbers into one seed, the same on every machine."""
+    mixture = 0
+    for part in seed:
+        mixture = (mixture * 1_000_003 + part + 1) % (1 << 63)
+    return mixture
+
+
+@contextmanager
+def random_state_kept() -> Iterator[None]:
+    """Give back the random streams of Python, NumPy and torch as they were."""
+    python_state, numpy_state = random.getstate(), np.random.get_state()
+    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
+    with torch.random.fork_rng(devices=devices):
+        try:
+            yield
+        finally:
+            random.setstate(python_state)
+            np.random.set_state(numpy_state)

@@ -11,7 +11,7 @@ import torch
 from zoo import SPECIMENS
 
 from hf_blocklocal import BlockLocalConfig, assemble
-from hf_blocklocal.planning.costs import head_operations
+from hf_blocklocal.planning.head_costs import head_operations
 
 
 def assembled(name, batch=None, **values):

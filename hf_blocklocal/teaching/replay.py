@@ -18,7 +18,7 @@ from hf_blocklocal.anatomy.lending import read_only, replaced_forward, run_insid
 from hf_blocklocal.anatomy.signals import beside_hidden, first_tensor, given_hidden, map_tensors, with_hidden
 from hf_blocklocal.cut.blocks import Boundaries
 from hf_blocklocal.cut.inlets import Inlets
-from hf_blocklocal.targets.probe import random_state_kept
+from hf_blocklocal.randomness import random_state_kept
 
 
 class _BlockEnded(Exception):  # noqa: N818

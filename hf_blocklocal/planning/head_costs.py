@@ -13,9 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_blocklocal.anatomy.layers import outputs_not_recorded
+from hf_blocklocal.anatomy.modes import evaluation_mode, outputs_not_recorded
 from hf_blocklocal.config.block_local import BlockLocalConfig
-from hf_blocklocal.cut.trace import evaluation_mode
 from hf_blocklocal.feedback import FeedbackHead
 from hf_blocklocal.records.operations import operation_counter
 from hf_blocklocal.targets.batch import Targets
