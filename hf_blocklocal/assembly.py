@@ -163,30 +163,34 @@ class Assembly:
                 "Unfreeze the task head or a layer there, or use num_blocks=1."
             )
 
-    def set_learning_rates_(self, optimizer: torch.optim.Optimizer, *, has_schedule: bool = False) -> None:
+    def set_learning_rates_(self, optimizer: torch.optim.Optimizer, *, has_schedule: bool = False) -> Assembly:
         """Give the groups of an optimizer of all parameters the learning rates that the config asks for.
 
         Args:
             optimizer: The optimizer, changed in place, before a schedule is made for it.
             has_schedule: Whether it has one already, which is an error if a rate is to be changed.
 
+        Returns:
+            This assembly; with one rate for all blocks, where the optimizer cannot have several and nobody asked.
+
         Raises:
             UnsupportedSettingError: If the optimizer cannot have different rates.
         """
-        decay, feedback_rate = self.config.block_lr_decay or 1.0, self.config.feedback_learning_rate
+        decay, feedback_rate = self.config.block_lr_decay, self.config.feedback_learning_rate
         asked = {
-            "block_lr_decay": decay != 1 and self.chooses_rates,
+            "block_lr_decay": decay not in (None, 1) and self.chooses_rates,
             "feedback_learning_rate": feedback_rate is not None,
         }
-        scale_learning_rates_(
+        as_said = scale_learning_rates_(
             optimizer,
             self._learning_rate_factors(decay),
             rates=rates_of_feedback(self.heads, feedback_rate),
             option=" with ".join(name for name, is_asked in asked.items() if is_asked),
             has_schedule=has_schedule,
         )
+        return self if as_said else replace(self, config=replace(self.config, block_lr_decay=1.0))
 
-    def _learning_rate_factors(self, decay: float) -> dict[nn.Parameter, float]:
+    def _learning_rate_factors(self, decay: float | None) -> dict[nn.Parameter, float]:
         """Return what the learning rate of each parameter is multiplied with.
 
         A head has the run's rate, but for copies that it trains: they learn as fast as what they are copies of.

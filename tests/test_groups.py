@@ -210,6 +210,9 @@ def test_where_a_schedule_is_given_a_pretrained_model_has_one_rate_and_a_warning
     trainer.train()
     assert "because SGD came with a schedule for its groups as they are" in caplog.text
     assert len({group["lr"] for group in optimizer.param_groups}) == 1
+    assert "rate" not in trainer.assembly.describe()
+    trainer.save_model(tmp_path / "end")
+    assert BlockLocalConfig.from_pretrained(tmp_path / "end").block_lr_decay == 1.0
 
 
 def test_where_an_optimizer_has_no_rates_and_nobody_asks_a_warning_says_so(caplog):

@@ -8,6 +8,7 @@ from torch import nn
 
 from hf_blocklocal.assembly import Assembly
 from hf_blocklocal.borrowing.shortcut import borrowed_layers
+from hf_blocklocal.optim.groups import rates_of_blocks
 from hf_blocklocal.records.history import BlockOfCut
 from hf_blocklocal.records.memory import name_of
 from hf_blocklocal.teaching.describing import block_device, sizes, taught_by
@@ -22,7 +23,7 @@ def blocks_of(assembly: Assembly, devices: Mapping[int, str]) -> tuple[BlockOfCu
         assembly: The cut model.
         devices: Where each block lies.
     """
-    described = []
+    described, rates = [], rates_of_blocks(assembly.cut.num_blocks, assembly.config.block_lr_decay)
     for block, span in enumerate(assembly.cut.spans):
         in_block, in_head = sizes(assembly.parameters, assembly.heads, block)
         described.append(
@@ -34,6 +35,7 @@ def blocks_of(assembly: Assembly, devices: Mapping[int, str]) -> tuple[BlockOfCu
                 cost=assembly.head_costs[block] if block < len(assembly.head_costs) else None,
                 taught_by=taught_by(assembly.cut, assembly.config, assembly.heads, block),
                 device=devices[block],
+                rate=rates[block],
             )
         )
     return tuple(described)

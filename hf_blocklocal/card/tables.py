@@ -59,7 +59,16 @@ def cut(facts: CardFacts) -> str:
         head = f"{block.head:,}" if index < len(facts.blocks) - 1 else ""
         rows.append((str(index), layers, f"{block.parameters:,}", head, cost, block.taught_by, block.device))
     header = ("block", "layers", "parameters", "parameters of its head", "cost of its head", "taught by", "device")
+    if _has_rates(facts):
+        header = (*header, "learning rate")
+        rows = [(*row, f"{block.rate:.0%}") for row, block in zip(rows, facts.blocks, strict=True)]
     return table(header, rows)
+
+
+def _has_rates(facts: CardFacts) -> bool:
+    """Tell whether blocks learned at several rates."""
+    rates = {block.rate for block in facts.blocks}
+    return len(rates) > 1 and None not in rates
 
 
 def cut_explained(facts: CardFacts) -> str:
@@ -76,6 +85,8 @@ def cut_explained(facts: CardFacts) -> str:
         "are no part of it. Layers are counted in the order of execution. The cost of a head is relative to the "
         "operations of its block, in a training step."
     )
+    if _has_rates(facts):
+        said += " The learning rate of a block's weights is a share of the run's, at which its head learned."
     if facts.global_steps > 0:
         said += (
             f" In {facts.global_steps:.1%} of the optimizer steps the gradient went through the whole model instead, "

@@ -21,15 +21,25 @@ logger = logging.getLogger(__name__)
 _FACTOR = "learning_rate_factor"
 
 
-def factors_by_block(blocks: Sequence[Sequence[nn.Parameter]], decay: float) -> dict[nn.Parameter, float]:
-    """Return what the learning rate of each parameter is multiplied with: `decay ** (K - 1 - k)` in block k.
+def rates_of_blocks(num_blocks: int, decay: float | None) -> tuple[float, ...]:
+    """Return the learning rate of each block as a share of the run's: `decay ** (K - 1 - k)` in block k.
+
+    Args:
+        num_blocks: The number of blocks K.
+        decay: Factor from one block to the one below it; None is 1.
+    """
+    return tuple((decay or 1.0) ** (num_blocks - 1 - block) for block in range(num_blocks))
+
+
+def factors_by_block(blocks: Sequence[Sequence[nn.Parameter]], decay: float | None) -> dict[nn.Parameter, float]:
+    """Return what the learning rate of each parameter is multiplied with, that of its block.
 
     Args:
         blocks: The parameters of each of the K blocks and its head.
-        decay: Factor from one block to the one below it.
+        decay: Factor from one block to the one below it; None is 1.
     """
-    last = len(blocks) - 1
-    return {parameter: decay ** (last - block) for block, mine in enumerate(blocks) for parameter in mine}
+    rates = rates_of_blocks(len(blocks), decay)
+    return {parameter: rate for rate, mine in zip(rates, blocks, strict=True) for parameter in mine}
 
 
 def rates_of_feedback(heads: Iterable[nn.Module], rate: float | None) -> dict[nn.Parameter, float]:
@@ -49,7 +59,7 @@ def scale_learning_rates_(
     rates: Mapping[nn.Parameter, float] | None = None,
     option: str,
     has_schedule: bool,
-) -> None:
+) -> bool:
     """Split the groups of an optimizer so that the learning rate of each parameter is multiplied with its factor.
 
     Within a group, parameters keep their order, the largest factor comes first, and rates of their own come last. An
@@ -63,6 +73,9 @@ def scale_learning_rates_(
             rate where it cannot be otherwise, and a warning says so.
         has_schedule: Whether a learning rate schedule has been made for the groups as they are.
 
+    Returns:
+        Whether parameters learn as was said.
+
     Raises:
         UnsupportedSettingError: If the optimizer chooses learning rates by itself, has no ordinary groups, or has a
             schedule already.
@@ -70,7 +83,7 @@ def scale_learning_rates_(
     groups, rates = optimizer.param_groups, rates or {}
     nothing_to_do = not rates and all(factor == 1 for factor in factors.values())
     if nothing_to_do or any(_FACTOR in group for group in groups):
-        return
+        return True
     name = type(optimizer).__name__
     has_no_rates = not groups or any(group.get("lr") is None for group in groups)
     if not option and (has_no_rates or has_schedule):
@@ -81,7 +94,7 @@ def scale_learning_rates_(
             name,
             reason,
         )
-        return
+        return False
     if has_no_rates:
         raise UnsupportedSettingError(
             f"{option} changes learning rates, and {name} keeps none in its parameter groups. Choose another "
@@ -94,6 +107,7 @@ def scale_learning_rates_(
         )
     # In place: some optimizers and schedules keep a reference to the list.
     groups[:] = [part for group in groups for part in _split(group, factors, rates)]
+    return True
 
 
 def _split(

@@ -88,6 +88,7 @@ class BlockOfCut:
         cost: Operations of the head as a share of those of the block; None where there is none, or it is not known.
         taught_by: What it learns from, in a few words.
         device: Where it lies.
+        rate: Learning rate of its weights, as a share of the run's; None where that is not known.
     """
 
     first: int | None
@@ -97,6 +98,7 @@ class BlockOfCut:
     cost: float | None
     taught_by: str
     device: str
+    rate: float | None = None
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from hf_blocklocal.borrowing.shortcut import borrowed_layers, learns_past_layers
 from hf_blocklocal.config.block_local import BlockLocalConfig
 from hf_blocklocal.cut.blocks import Cut
 from hf_blocklocal.feedback import FeedbackHead
+from hf_blocklocal.optim.groups import rates_of_blocks
 from hf_blocklocal.records.history import STRAIGHT_PAST, TRAINED_COPIES
 
 
@@ -41,8 +42,7 @@ def table_of_blocks(
         cost, taught = _cost_of_head(costs, block), taught_by(cut, config, heads, block)
         rows.append((str(block), layers, f"{in_block:,}", f"{in_head:,}", cost, taught))
     if config.block_lr_decay not in (None, 1.0):
-        last = cut.num_blocks - 1
-        rates = ["rate", *(f"{config.block_lr_decay ** (last - block):.2f}" for block in range(cut.num_blocks))]
+        rates = ["rate", *(f"{rate:.2f}" for rate in rates_of_blocks(cut.num_blocks, config.block_lr_decay))]
         rows = [(*row[:5], rate, row[5]) for row, rate in zip(rows, rates, strict=True)]
     if config.placement == "devices":
         devices = ["device", *(str(block_device(model, cut, block)) for block in range(cut.num_blocks))]

@@ -141,7 +141,7 @@ class BlockLocalMixin(ChecksOverrides, EvaluatesBlocks, SavesBlocks, PushesRuns,
         if given is not None:
             heads, originals = list(self.assembly.heads.parameters()), self.assembly.originals
             add_heads_(given, heads, originals=originals, has_schedule=has_schedule)
-        self.assembly.set_learning_rates_(self._inner_optimizer, has_schedule=has_schedule)
+        self._assembly = self.assembly.set_learning_rates_(self._inner_optimizer, has_schedule=has_schedule)
         self._keep_own_shard(self._inner_optimizer, given=given is not None)
         if self.block_local.step_per_block and self.assembly.last > 0:
             check_steps_by_block(self._inner_optimizer)
