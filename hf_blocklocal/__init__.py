@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from hf_blocklocal.anatomy.layers import Stack, find_stacks
-    from hf_blocklocal.assembly import Assembly, assemble
+    from hf_blocklocal.assembling import assemble
+    from hf_blocklocal.assembly import Assembly
     from hf_blocklocal.attaching import load_heads
     from hf_blocklocal.config.block_local import BlockLocalConfig
     from hf_blocklocal.cut.blocks import Boundaries, Cut
@@ -55,7 +56,8 @@ __all__ = [
 
 _MODULES = {
     "anatomy.layers": ("Stack", "find_stacks"),
-    "assembly": ("Assembly", "assemble"),
+    "assembling": ("assemble",),
+    "assembly": ("Assembly",),
     "attaching": ("load_heads",),
     "cut.blocks": ("Boundaries", "Cut"),
     "config.block_local": ("BlockLocalConfig",),

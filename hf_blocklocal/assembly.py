@@ -1,47 +1,27 @@
-"""Everything that block-local training adds to a model: from a config and one small batch to a cut with its heads.
-
-This is the place to start for a training loop of one's own; the trainer does no more than call it.
-"""
+"""A model that is ready to be trained block by block, and all that a training loop of one's own asks of it."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
 
 from hf_blocklocal.anatomy.embeddings import target_embedding
-from hf_blocklocal.anatomy.layers import check_all_layers_run, check_layers_not_shared, find_stacks, is_pretrained
-from hf_blocklocal.anatomy.routers import find_router_loss
-from hf_blocklocal.anatomy.tying import shared_by_blocks, with_shared_weights_settled_, with_tied_weights_settled_
 from hf_blocklocal.borrowing.copies import Copies
 from hf_blocklocal.config.block_local import BlockLocalConfig
-from hf_blocklocal.config.defaults import refreshed, settled
-from hf_blocklocal.config.refusals import check_adapters, check_quantisation
-from hf_blocklocal.cut.blocks import Boundaries, Cut
-from hf_blocklocal.cut.inlets import Inlets
-from hf_blocklocal.cut.needs import Needs, trace_needs
-from hf_blocklocal.cut.partition import Span
-from hf_blocklocal.cut.trace import owners_of, plan_cut, plan_spans, trace_layers, trace_reach
-from hf_blocklocal.errors import UnsupportedSettingError
+from hf_blocklocal.cut.blocks import Cut
+from hf_blocklocal.cut.needs import Needs
+from hf_blocklocal.errors import TargetError, UnsupportedSettingError
 from hf_blocklocal.optim.groups import factors_by_block, rates_of_feedback, scale_learning_rates_
-from hf_blocklocal.planning.balancing import balanced_cut
-from hf_blocklocal.planning.head_costs import head_costs, warn_of_heavy_heads
-from hf_blocklocal.targets.batch import Targets, Task, labels_of
-from hf_blocklocal.teaching.building import (
-    build_chunked,
-    build_copies,
-    build_denoising,
-    build_heads,
-    build_shortcut,
-    can_lend,
-    lend_to_train_,
-    lent_to_heads,
-)
+from hf_blocklocal.targets.batch import Targets, Task
 from hf_blocklocal.teaching.describing import table_of_blocks
+from hf_blocklocal.teaching.loss_scale import loss_scale
 from hf_blocklocal.teaching.reading import contrasts_tokens, targets_for
+from hf_blocklocal.teaching.report import StepReport
 from hf_blocklocal.teaching.step import LocalStep
 from hf_blocklocal.teaching.taught_model import TaughtModel, name_of_original
 
@@ -163,7 +143,41 @@ class Assembly:
                 "Unfreeze the task head or a layer there, or use num_blocks=1."
             )
 
-    def set_learning_rates_(self, optimizer: torch.optim.Optimizer, *, has_schedule: bool = False) -> Assembly:
+    @contextmanager
+    def teach(
+        self, inputs: Mapping[str, Any], *, step: int, seed: int = 0, accumulation_steps: int = 1, **options: Any
+    ) -> Iterator[StepReport]:
+        """Let each block but the last learn in the forward pass of a batch that runs inside the `with`.
+
+        All that a loop of one's own needs: the model is run and its own loss sent back inside. Losses are means over
+        the targets of the batch.
+
+        Args:
+            inputs: The model's inputs with labels.
+            step: Optimizer steps taken so far: copies that are due are taken.
+            seed: What the negatives of a vocabulary are drawn from, together with the step.
+            accumulation_steps: Batches whose gradients are added up before the optimizer steps.
+            **options: As for `LocalStep.teach`, such as `learned`, to step each block at once.
+
+        Yields:
+            The report, filled as the forward pass comes by the ends of the blocks.
+
+        Raises:
+            TargetError: If no label of the batch counts.
+        """
+        self.begin_step(step)
+        targets, scale = self.read_targets(inputs, seed=(seed, step)), 1.0
+        if targets is not None:
+            if targets.elements == 0:
+                raise TargetError(
+                    "No label of this batch counts: all are -100. It teaches nothing, and the model's own loss would "
+                    "not be a number. Leave the batch out."
+                )
+            scale = loss_scale(targets, None, processes=1, accumulation_steps=accumulation_steps)
+        with self.step.teach(targets, inputs=inputs, scale=scale, **options) as report:
+            yield report
+
+    def set_learning_rates_(self, optimizer: torch.optim.Optimizer, *, has_schedule: bool = False) -> bool:
         """Give the groups of an optimizer of all parameters the learning rates that the config asks for.
 
         Args:
@@ -171,7 +185,8 @@ class Assembly:
             has_schedule: Whether it has one already, which is an error if a rate is to be changed.
 
         Returns:
-            This assembly; with one rate for all blocks, where the optimizer cannot have several and nobody asked.
+            Whether blocks learn as the config has it; else at one rate, because the optimizer cannot have several and
+            nobody has asked for them.
 
         Raises:
             UnsupportedSettingError: If the optimizer cannot have different rates.
@@ -181,14 +196,13 @@ class Assembly:
             "block_lr_decay": decay not in (None, 1) and self.chooses_rates,
             "feedback_learning_rate": feedback_rate is not None,
         }
-        as_said = scale_learning_rates_(
+        return scale_learning_rates_(
             optimizer,
             self._learning_rate_factors(decay),
             rates=rates_of_feedback(self.heads, feedback_rate),
             option=" with ".join(name for name, is_asked in asked.items() if is_asked),
             has_schedule=has_schedule,
         )
-        return self if as_said else replace(self, config=replace(self.config, block_lr_decay=1.0))
 
     def _learning_rate_factors(self, decay: float | None) -> dict[nn.Parameter, float]:
         """Return what the learning rate of each parameter is multiplied with.
@@ -202,132 +216,3 @@ class Assembly:
         """Return the cut as a table: block, layers, parameters of block and head, cost of the head, its kind."""
         model, cut = self.module.model, self.cut
         return table_of_blocks(model, cut, self.config, self.parameters, self.heads, self.head_costs)
-
-
-def check_structure(model: nn.Module, config: BlockLocalConfig) -> None:
-    """Refuse, without running anything, what can be seen to be impossible. A single block is always possible.
-
-    Raises:
-        LayersNotFoundError: If no layers are found.
-        SharedLayersError: If layers are shared across depth.
-        UnsupportedSettingError: If layers are dropped at random, adapters couple them, or weights are
-            quantised so that they cannot learn.
-        CutError: If there are more blocks than layers.
-    """
-    if config.num_blocks == 1:
-        return
-    check_adapters(model)
-    check_quantisation(model, config)
-    stacks = find_stacks(model, config.layers)
-    check_layers_not_shared(model, stacks, config.num_blocks)
-    plan_spans(config, sum(len(stack.layers) for stack in stacks))
-    check_all_layers_run(model)
-
-
-def assemble(
-    model: nn.Module,
-    config: BlockLocalConfig,
-    inputs: Mapping[str, Any],
-    *,
-    label_smoothing: float = 0.0,
-    seed: int = 0,
-) -> Assembly:
-    """Cut a model and give every block but the last a feedback head.
-
-    Args:
-        model: A transformers model with a task head, on its device.
-        config: How to cut and teach it.
-        inputs: A small batch with labels, on the same device; it is run a few times without dropout. Not looked at
-            with a single block.
-        label_smoothing: Weight of the uniform distribution mixed into class targets.
-        seed: Seed of the heads' first weights. The caller's random stream is left untouched.
-
-    Raises:
-        BlockLocalError: If model, cut, batch and config do not go together; the subclass and the text say how.
-    """
-    check_structure(model, config)
-    if config.num_blocks == 1:
-        return _uncut(model, config)
-    asked, config = config.tied_weights, with_tied_weights_settled_(model, config)
-    trace = trace_layers(model, find_stacks(model, config.layers), inputs)
-    chooses_rates, pretrained = config.block_lr_decay is not None, is_pretrained(model)
-    config = settled(config, single_stack=trace.stacks[-1] == 0, lends=can_lend(model, trace), pretrained=pretrained)
-    cut = balanced_cut(model, config, trace, inputs) if config.balance == "cost" else plan_cut(trace, config)
-    device = labels_of(inputs).device
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(seed)
-        heads = build_heads(model, config, trace, cut, label_smoothing)
-    module = TaughtModel(model, heads)
-    module.heads.to(device)
-    router_loss = find_router_loss(model)
-    boundaries = Boundaries(model, cut, router_loss.routers if router_loss else None)
-    reach = trace_reach(model, boundaries, inputs)
-    config = with_shared_weights_settled_(model, config, reach, asked=asked == "untie")
-    needs = trace_needs(model, boundaries, inputs) if config.borrows or config.blocks_apart else None
-    boundaries.carried = needs.lasting if config.borrows else {}
-    inlets = Inlets(model, boundaries) if config.denoising > 0 or config.reconstruction > 0 else None
-    denoising = None
-    if config.denoising > 0:
-        denoising = build_denoising(model, config, trace, boundaries, inlets, reach)
-    owners = owners_of((name for name, _ in model.named_parameters()), cut, reach)
-    shortcut = build_shortcut(model, config, trace, cut, inputs, reach) if config.borrows else None
-    contrasts = contrasts_tokens(trace.task, heads)
-    lent = lent_to_heads(model, shortcut, owners, cut.num_blocks, contrasts_tokens=contrasts)
-    config = refreshed(config) if any(lent) else config
-    copies = build_copies(model, config, lent, shortcut)
-    if copies is not None:
-        lend_to_train_(heads, copies)
-    assembly = Assembly(
-        config=config,
-        task=trace.task,
-        cut=cut,
-        module=module,
-        parameters=_by_block(module, owners, cut.num_blocks),
-        step=LocalStep(
-            boundaries,
-            module.heads,
-            router_loss=router_loss,
-            shortcut=shortcut,
-            overlap=config.overlap,
-            inlets=inlets,
-            denoising=denoising,
-            chunked=build_chunked(model, config, inputs),
-        ),
-        counts_items=trace.counts_items,
-        forms=trace.forms,
-        owners=owners,
-        lent=lent,
-        copies=copies,
-        needs=needs,
-        shared=tuple(shared_by_blocks(reach)),
-        chooses_rates=chooses_rates,
-    )
-    targets = assembly.read_targets(inputs)
-    if len(targets) > 0:
-        assembly = replace(assembly, head_costs=head_costs(model, assembly.step, trace.costs, inputs, targets))
-    warn_of_heavy_heads(assembly.head_costs, config)
-    return assembly
-
-
-def _uncut(model: nn.Module, config: BlockLocalConfig) -> Assembly:
-    """Return a single block: any model at all, as the plain Trainer takes it."""
-    cut = Cut(layers=(), stacks=(), spans=(Span(0, 0),))
-    module = TaughtModel(model, [])
-    return Assembly(
-        config=config,
-        task=None,
-        cut=cut,
-        module=module,
-        parameters=(tuple(model.parameters()),),
-        step=LocalStep(Boundaries(model, cut), []),
-        counts_items=True,
-    )
-
-
-def _by_block(module: TaughtModel, owners: Mapping[str, int], num_blocks: int) -> tuple[tuple[nn.Parameter, ...], ...]:
-    blocks: list[list[nn.Parameter]] = [[] for _ in range(num_blocks)]
-    for name, parameter in module.model.named_parameters():
-        blocks[owners[name]].append(parameter)
-    for block, head in enumerate(module.heads):
-        blocks[block].extend(head.parameters())
-    return tuple(tuple(block) for block in blocks)

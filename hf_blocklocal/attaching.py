@@ -10,7 +10,8 @@ from typing import Any
 from torch import nn
 
 from hf_blocklocal.anatomy.standin import stand_in
-from hf_blocklocal.assembly import Assembly, assemble
+from hf_blocklocal.assembling import assemble
+from hf_blocklocal.assembly import Assembly
 from hf_blocklocal.checkpoint import load_heads_, saved_boundaries
 from hf_blocklocal.config.block_local import BlockLocalConfig
 from hf_blocklocal.hub import fetch

@@ -17,7 +17,7 @@ from hf_blocklocal.anatomy.layers import (
     shifts_labels,
 )
 from hf_blocklocal.anatomy.routers import find_router_loss
-from hf_blocklocal.assembly import assemble, check_structure
+from hf_blocklocal.assembling import assemble, check_structure
 from hf_blocklocal.config.block_local import BlockLocalConfig
 from hf_blocklocal.cut.trace import trace_layers
 from hf_blocklocal.errors import CutError, LayersNotFoundError, SharedLayersError, UnsupportedSettingError

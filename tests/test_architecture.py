@@ -25,6 +25,7 @@ FLOORS = [
     ["teaching"],
     ["planning"],
     ["assembly"],
+    ["assembling"],
     ["attaching", "callbacks", "depth", "parallel"],
     ["devices"],
     ["trainer"],

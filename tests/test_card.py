@@ -84,16 +84,16 @@ def test_the_table_of_the_cut_is_the_cut(run):
     assert {row[6] for row in rows} == {"cpu"}
 
 
-def test_rates_are_told_where_blocks_learned_at_several():
-    assert "learning rate" not in section(render(FACTS), "How it was cut")
+def test_rates_are_told_where_blocks_learned_at_several(tmp_path):
+    assert "learning rate" not in section(render(FACTS, tmp_path), "How it was cut")
     lower, last = FACTS.blocks
     several = replace(FACTS, blocks=(replace(lower, rate=0.3), replace(last, rate=1.0)))
-    text = section(render(several), "How it was cut")
+    text = section(render(several, tmp_path), "How it was cut")
     header, _, *rows = lines_of(text)
     assert [row[-1] for row in (header, *rows)] == ["learning rate", "30%", "100%"]
     assert "The learning rate of a block's weights is a share of the run's" in text
     one = replace(FACTS, blocks=(replace(lower, rate=1.0), replace(last, rate=1.0)))
-    assert "learning rate" not in section(render(one), "How it was cut")
+    assert "learning rate" not in section(render(one, tmp_path), "How it was cut")
 
 
 def test_results_are_those_of_the_last_evaluation_with_every_head(run):

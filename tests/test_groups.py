@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from test_optim import adafactor_relative, adamw, groups_of, three_blocks
 from test_parity import equal
 from training import make, snapshot, whole_and_resumed
-from transformers import TrainerCallback
+from transformers import AutoConfig, AutoModelForSequenceClassification, TrainerCallback
 from transformers.optimization import Adafactor
 from zoo import SPECIMENS
 
 from hf_blocklocal import BlockLocalConfig
+from hf_blocklocal.anatomy.layers import is_pretrained
 from hf_blocklocal.errors import TargetError, UnsupportedSettingError
 from hf_blocklocal.optim.groups import factors_by_block, scale_learning_rates_
 from hf_blocklocal.teaching.taught_model import name_of_original
@@ -182,6 +185,19 @@ def test_a_model_from_scratch_and_one_with_adapters_have_one_rate(tmp_path):
     assert set(factors_of(make("bert", tmp_path, blocks=4)).values()) == {1.0}
     adapted = get_peft_model(pretrained("bert", tmp_path), LoraConfig(target_modules=["query"], task_type="SEQ_CLS"))
     assert set(factors_of(make("bert", tmp_path, model=adapted, blocks=2)).values()) == {1.0}
+
+
+def test_what_is_pretrained_is_told_by_weights_that_were_read_not_by_the_config(tmp_path):
+    read = pretrained("bert", tmp_path)
+    assert is_pretrained(read)
+    assert is_pretrained(copy.deepcopy(read))
+    named = AutoModelForSequenceClassification.from_config(AutoConfig.from_pretrained(tmp_path))
+    assert named.config._name_or_path == str(tmp_path)
+    assert not is_pretrained(named)
+    assert set(factors_of(make("bert", tmp_path, model=named, blocks=4)).values()) == {1.0}
+    inside = torch.nn.Module()
+    inside.encoder = read.bert
+    assert is_pretrained(inside)
 
 
 def test_the_cut_that_is_described_shows_the_rates(tmp_path):

@@ -171,9 +171,15 @@ def check_all_layers_run(model: nn.Module) -> None:
 
 
 def is_pretrained(model: nn.Module) -> bool:
-    """Tell whether what a model trains comes from a checkpoint: not adapters, which start anew."""
-    named = getattr(getattr(model, "config", None), "_name_or_path", None)
-    return bool(named) and not getattr(model, "peft_config", None)
+    """Tell whether what a model trains has been read from a checkpoint: not adapters, which start anew.
+
+    Its config does not tell, because `from_config` may have been given the one of a checkpoint.
+    """
+    if getattr(model, "peft_config", None):
+        return False
+    # What `from_pretrained` leaves: on the model, which a copy keeps, and on the weights that it has read.
+    read = any("_weight_conversions" in vars(part) for part in pretrained_parts(model))
+    return read or any(getattr(parameter, "_is_hf_initialized", False) for parameter in model.parameters())
 
 
 def is_encoder_decoder(model: nn.Module) -> bool:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 
 from hf_blocklocal.card.facts import CardFacts, RunResult
-from hf_blocklocal.records.history import STRAIGHT_PAST, TRAINED_COPIES
+from hf_blocklocal.records.history import ALL_ABOVE, BORROWED, STRAIGHT_PAST, TRAINED_COPIES
 
 
 NO_BASELINE = (
@@ -141,7 +141,18 @@ def results_explained(facts: CardFacts) -> str | None:
     if result.evaluated_at is not None and result.steps is not None and result.evaluated_at != result.steps:
         said.append(f"The numbers are those after step {result.evaluated_at:,} of {result.steps:,}.")
     if result.of_blocks():
-        said.append("The head of a block says what the model would have predicted had it ended there.")
+        if any(BORROWED in block.taught_by for block in facts.blocks):
+            said.append(
+                "The head of a block says what the model would have predicted had there been nothing above the block "
+                "but the layers that its head borrows, and the task head."
+            )
+        else:
+            said.append("The head of a block says what the model would have predicted had it ended there.")
+        if any(ALL_ABOVE in block.taught_by for block in facts.blocks):
+            said.append(
+                "A head that borrows all layers above its block is the model itself: such a block learns from the "
+                "gradient of the model's own loss."
+            )
         if any(STRAIGHT_PAST in block.taught_by for block in facts.blocks):
             said.append(
                 "It learned with all layers above it (`head_bypass`), and is asked here without those that it does "

@@ -118,9 +118,7 @@ class BlockLocalConfig:
         "Layers above a block that its head borrows, evenly spread, live and read-only, with the model's own task "
         "head. 0 is a light readout; all of them give the very gradient of backpropagation. Default: 1 in two blocks "
         "and 2 in more, and of a decoder that is elsewhere; 0 where layers change the shape of what they are given, "
-        "as in a Swin, and where a field asks for a head of another kind. Perplexity of a language model in 2 and 4 "
-        "blocks (docs/learning.md): freezing 83.8 and 87.2, 0 layers 88.8 and 89.6, the default 72.3 and 73.5, "
-        "backpropagation 71.6.",
+        "as in a Swin, and where a field asks for a head of another kind. docs/learning.md has what each learns.",
     )
     head_bypass: Literal["auto", "skip", "straight_through"] = _help(
         "auto",

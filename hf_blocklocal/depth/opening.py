@@ -18,7 +18,8 @@ from transformers import AutoConfig, PreTrainedModel
 
 from hf_blocklocal.anatomy.layers import is_encoder_decoder
 from hf_blocklocal.anatomy.modes import evaluation_mode, outputs_not_recorded
-from hf_blocklocal.assembly import Assembly, assemble
+from hf_blocklocal.assembling import assemble
+from hf_blocklocal.assembly import Assembly
 from hf_blocklocal.borrowing.shortcut import learns_past_layers
 from hf_blocklocal.checkpoint import HEADS_NAME, load_heads_
 from hf_blocklocal.config.block_local import BlockLocalConfig

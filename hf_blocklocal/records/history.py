@@ -70,8 +70,12 @@ class Summary(Logged):
     kind: ClassVar[str] = "summary"
 
 
-# What `taught_by` says of heads that run the layers that they do not borrow.
+# What `taught_by` says of heads that borrow layers.
+BORROWED = "layers "
+# What it says of heads that run the layers that they do not borrow.
 STRAIGHT_PAST = "straight past the others"
+# What it says of heads that borrow every layer above their block: theirs is the gradient of the model's own loss.
+ALL_ABOVE = " (all above)"
 # What it says of heads that borrow copies, and train them.
 TRAINED_COPIES = "its own copies of "
 

@@ -12,7 +12,7 @@ from hf_blocklocal.config.block_local import BlockLocalConfig
 from hf_blocklocal.cut.blocks import Cut
 from hf_blocklocal.feedback import FeedbackHead
 from hf_blocklocal.optim.groups import rates_of_blocks
-from hf_blocklocal.records.history import STRAIGHT_PAST, TRAINED_COPIES
+from hf_blocklocal.records.history import ALL_ABOVE, BORROWED, STRAIGHT_PAST, TRAINED_COPIES
 
 
 def table_of_blocks(
@@ -78,11 +78,16 @@ def taught_by(cut: Cut, config: BlockLocalConfig, heads: Sequence[FeedbackHead],
         through = ["a lens"] if head.lens is not None else []
         own = TRAINED_COPIES if head.loan is not None else ""
         if layers_above or own:
-            through.append(own + (f"layers {', '.join(map(str, layers_above))}" if layers_above else "the task head"))
+            named = f"{BORROWED}{', '.join(map(str, layers_above))}" if layers_above else "the task head"
+            through.append(own + named + (ALL_ABOVE if layers_above == _above(cut, block) else ""))
         taught += f" through {' and '.join(through)}"
         if learns_past_layers(cut, block, config):
             taught += f", {STRAIGHT_PAST}"
     return taught
+
+
+def _above(cut: Cut, block: int) -> tuple[int, ...]:
+    return tuple(range(cut.spans[block].stop, len(cut.layers)))
 
 
 def _cost_of_head(costs: Sequence[float], block: int) -> str:

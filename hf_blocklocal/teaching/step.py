@@ -100,8 +100,8 @@ class LocalStep:
         targets: Targets | None,
         *,
         scale: Tensor | float,
-        backward: Callable[..., None],
-        learned: Callable[[int, StepReport], None],
+        backward: Callable[..., None] = Tensor.backward,
+        learned: Callable[[int, StepReport], None] = lambda block, report: None,
         inputs: Mapping[str, Any] | None = None,
         custom_loss: Callable[[Tensor], Tensor] | None = None,
         heads_only: bool = False,
@@ -116,7 +116,7 @@ class LocalStep:
             targets: Targets of this micro-batch; None with a single block.
             scale: What the sum of the losses of all targets is multiplied with.
             backward: Runs a backward pass from a loss; with overlap, `retain_graph` is passed on.
-            learned: Called with a block, and the report so far, when its gradients are complete.
+            learned: Called with a block, and the report so far, when its gradients are complete. Default: nothing.
             inputs: The model's inputs, for heads that borrow layers and for denoising.
             custom_loss: Maps the logits (B, C) that a head predicts to a loss, in place of the head's own.
             heads_only: Whether only the heads learn, and the last block; the losses are reported all the same.

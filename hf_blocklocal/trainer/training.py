@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,7 +15,8 @@ from accelerate.utils import send_to_device
 from torch import nn
 from transformers import Trainer
 
-from hf_blocklocal.assembly import Assembly, assemble, check_structure
+from hf_blocklocal.assembling import assemble, check_structure
+from hf_blocklocal.assembly import Assembly
 from hf_blocklocal.config.block_local import BlockLocalConfig
 from hf_blocklocal.config.refusals import (
     check_arguments,
@@ -141,7 +143,8 @@ class BlockLocalMixin(ChecksOverrides, EvaluatesBlocks, SavesBlocks, PushesRuns,
         if given is not None:
             heads, originals = list(self.assembly.heads.parameters()), self.assembly.originals
             add_heads_(given, heads, originals=originals, has_schedule=has_schedule)
-        self._assembly = self.assembly.set_learning_rates_(self._inner_optimizer, has_schedule=has_schedule)
+        if not self.assembly.set_learning_rates_(self._inner_optimizer, has_schedule=has_schedule):
+            self._assembly = replace(self.assembly, config=replace(self.assembly.config, block_lr_decay=1.0))
         self._keep_own_shard(self._inner_optimizer, given=given is not None)
         if self.block_local.step_per_block and self.assembly.last > 0:
             check_steps_by_block(self._inner_optimizer)
