@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from hf_blocklocal.depth import EarlyExit, early_exit, truncate
     from hf_blocklocal.errors import BlockLocalError
     from hf_blocklocal.feedback import FeedbackHead, build_head
+    from hf_blocklocal.hub import fetch
     from hf_blocklocal.losses import LocalLoss
     from hf_blocklocal.teaching.report import StepReport
     from hf_blocklocal.teaching.step import LocalStep
@@ -49,6 +50,7 @@ __all__ = [
     "assemble",
     "build_head",
     "early_exit",
+    "fetch",
     "find_stacks",
     "load_heads",
     "truncate",
@@ -64,6 +66,7 @@ _MODULES = {
     "depth": ("EarlyExit", "early_exit", "truncate"),
     "errors": ("BlockLocalError",),
     "feedback": ("FeedbackHead", "build_head"),
+    "hub": ("fetch",),
     "losses": ("LocalLoss",),
     "cut.partition": ("Span",),
     "teaching.report": ("StepReport",),

@@ -4,7 +4,7 @@ One process:   python scripts/train.py configs/train/quickstart.yaml
 Other tasks:   python scripts/train.py configs/train/question_answering.yaml      (table in configs/README.md)
 Two GPUs:      accelerate launch --num_processes 2 scripts/train.py configs/train/quickstart.yaml
 Other values:  python scripts/train.py configs/train/quickstart.yaml block_local.num_blocks=2 training.seed=1
-With a look at gradients, probes and drift of every block each 10 steps, for scripts/plot.py:
+With a look at gradients, probes and drift of every block each 10 steps, for hf-blocklocal plot:
                python scripts/train.py configs/train/quickstart.yaml diagnostics=10
 """
 
@@ -220,7 +220,7 @@ def draw_pictures(folder: str) -> str:
     try:
         paths = draw_run(folder)
     except MissingExtraError as error:
-        return f"No curves were drawn. {error}, then: python scripts/plot.py {folder}"
+        return f"No curves were drawn. {error}, then: hf-blocklocal plot {folder}"
     return "\n".join(["Curves of every block, from history.jsonl:", *(f"  {path.as_posix()}" for path in paths)])
 
 

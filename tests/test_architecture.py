@@ -28,7 +28,8 @@ FLOORS = [
     ["assembling"],
     ["attaching", "callbacks", "depth", "parallel"],
     ["devices"],
-    ["trainer"],
+    ["commands", "trainer"],
+    ["__main__"],
 ]
 FLOOR = {room: number for number, floor in enumerate(FLOORS) for room in floor}
 ALLOWED = {
@@ -38,6 +39,7 @@ ALLOWED = {
         "anatomy.layers",
         "anatomy.modes",
         "callbacks",
+        "commands.plan",
         "config.refusals",
         "depth",
         "metrics",

@@ -7,8 +7,10 @@ import json
 from dataclasses import fields
 
 import pytest
+from transformers import HfArgumentParser
 
-from hf_blocklocal.config.block_local import CONFIG_NAME, PRESETS, BlockLocalConfig
+from hf_blocklocal.config.block_local import CONFIG_NAME, BlockLocalConfig
+from hf_blocklocal.config.presets import PRESETS
 from hf_blocklocal.errors import ConfigError
 
 
@@ -61,6 +63,26 @@ def test_a_config_survives_json(config):
 def test_the_file_is_for_reading(tmp_path):
     lines = BlockLocalConfig(num_blocks=3).save_pretrained(tmp_path).read_text(encoding="utf-8").splitlines()
     assert '  "num_blocks": 3,' in lines
+
+
+def test_what_is_left_open_stays_open():
+    again = BlockLocalConfig.from_dict(BlockLocalConfig(head_lens=True).to_dict())
+    assert again.leaves_cut_open
+    assert again.num_blocks == 2
+    assert not BlockLocalConfig.from_dict(BlockLocalConfig(num_blocks=2).to_dict()).leaves_cut_open
+    assert not BlockLocalConfig.from_dict(BlockLocalConfig(boundaries=[1]).to_dict()).leaves_cut_open
+
+
+def test_the_parser_of_transformers_reads_every_field():
+    line = "--boundaries 2 4 --layers a.layers b.layers --head_lens true --head_layers 0 --anchor 0.5"
+    (config,) = HfArgumentParser(BlockLocalConfig).parse_args_into_dataclasses(line.split(" "))
+    assert (config.boundaries, config.layers) == ((2, 4), ("a.layers", "b.layers"))
+    assert (config.num_blocks, config.head_lens, config.head_layers, config.anchor) == (3, True, 0, 0.5)
+
+
+def test_a_repository_is_no_folder_and_the_message_says_how_to_get_one():
+    with pytest.raises(ConfigError, match=r"no folder user/run.*from_pretrained\(hf_blocklocal.fetch\('user/run'\)\)"):
+        BlockLocalConfig.from_pretrained("user/run")
 
 
 def test_a_folder_without_a_config_is_refused_by_name(tmp_path):
@@ -116,6 +138,12 @@ def test_a_preset_sets_its_fields_and_leaves_the_others(name):
     assert config.to_dict() == BlockLocalConfig().to_dict() | PRESETS[name]
 
 
+def test_backpropagation_is_a_single_block_and_nothing_else():
+    assert BlockLocalConfig.from_preset("backprop", num_blocks=1).num_blocks == 1
+    with pytest.raises(ConfigError, match="'backprop' is a single block, and num_blocks=3 is asked for"):
+        BlockLocalConfig.from_preset("backprop", num_blocks=3)
+
+
 def test_the_presets_are_what_their_papers_say():
     pred = BlockLocalConfig.from_preset("pred")
     assert (pred.feedback, pred.loss, pred.num_blocks) == ("label", "agreement", 2)
@@ -134,7 +162,6 @@ def test_the_presets_are_what_their_papers_say():
 def test_what_is_asked_for_wins_over_the_preset():
     config = BlockLocalConfig.from_preset("pred", num_blocks=4, pooling="first")
     assert (config.feedback, config.num_blocks, config.pooling) == ("label", 4, "first")
-    assert BlockLocalConfig.from_preset("backprop", num_blocks=3).num_blocks == 3
 
 
 def test_a_preset_takes_no_unknown_option():

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from zoo import SPECIMENS
 
 from hf_blocklocal import BlockLocalConfig, assemble
-from hf_blocklocal.config.block_local import PRESETS
+from hf_blocklocal.config.presets import PRESETS
 from hf_blocklocal.errors import BlockLocalError, TargetError
 from hf_blocklocal.feedback import FEEDBACK, DirectFeedback, LabelFeedback, build_head
 from hf_blocklocal.losses import LOSSES

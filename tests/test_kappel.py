@@ -9,7 +9,7 @@ import torch
 from torch.nn import functional as F
 
 from hf_blocklocal import BlockLocalConfig
-from hf_blocklocal.config.block_local import PRESETS
+from hf_blocklocal.config.presets import PRESETS
 from hf_blocklocal.errors import TargetError
 from hf_blocklocal.feedback import PrototypeFeedback, build_head
 from hf_blocklocal.targets.batch import Task, read_targets

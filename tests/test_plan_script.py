@@ -1,4 +1,4 @@
-"""`scripts/plan.py` prints a plan that can be launched, or says why there is none."""
+"""`hf-blocklocal plan` prints a plan that can be launched, or says why there is none."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ import re
 from pathlib import Path
 
 import pytest
-from test_configs import script
 
 from hf_blocklocal import BlockLocalConfig
+from hf_blocklocal.commands import plan
 
 
 SMALL = [
@@ -18,7 +18,7 @@ SMALL = [
 
 
 def printed(capsys, *words):
-    script("plan").main([*SMALL, *words])
+    plan.main([*SMALL, *words])
     return capsys.readouterr().out
 
 
@@ -45,13 +45,13 @@ def test_the_plan_is_a_table_and_the_line_that_launches_it(capsys):
     ],
 )
 def test_samples_are_no_longer_than_a_model_takes(words, batches, capsys):
-    script("plan").main([*words, "--num-blocks", "2"])
+    plan.main([*words, "--num-blocks", "2"])
     assert batches in capsys.readouterr().out
 
 
 def test_a_text_that_is_too_long_to_be_written_down_is_refused():
     with pytest.raises(SystemExit, match="whisper writes down at most 448 tokens, and --sequence-length is 600"):
-        script("plan").main(["whisper", "--task", "speech-seq2seq", "--num-blocks", "2", "--sequence-length", "600"])
+        plan.main(["whisper", "--task", "speech-seq2seq", "--num-blocks", "2", "--sequence-length", "600"])
 
 
 def test_heads_that_would_wait_for_layers_of_other_ranks_are_pointed_out(capsys):
@@ -80,7 +80,7 @@ def test_chains_that_share_out_their_blocks_need_less_memory_each(capsys):
 
 def test_a_model_that_writes_down_sounds_is_planned(capsys):
     words = ["whisper", "--task", "speech-seq2seq", "--batch-size", "1", "--sequence-length", "8", "--num-blocks", "2"]
-    script("plan").main(
+    plan.main(
         [
             *words,
             *("--set", "d_model=32", "encoder_layers=2", "decoder_layers=2", "encoder_attention_heads=2"),
@@ -93,7 +93,7 @@ def test_a_model_that_writes_down_sounds_is_planned(capsys):
 
 
 def test_what_does_not_fit_ends_in_one_line(capsys):
-    with pytest.raises(SystemExit, match=r"plan.py: No 2 blocks fit: .* too little\."):
+    with pytest.raises(SystemExit, match=r"hf-blocklocal plan: No 2 blocks fit: .* too little\."):
         printed(capsys, "--num-blocks", "2", "--device-memory", "100KiB")
 
 
@@ -138,12 +138,12 @@ def test_the_optimizer_decides_the_state(capsys):
 
 @pytest.mark.parametrize(("text", "size"), [("24GiB", 24 * 2**30), ("1.5 GB", 1500000000), ("7", 7), ("3KiB", 3072)])
 def test_sizes_are_read_with_their_unit(text, size):
-    assert script("plan").size(text) == size
+    assert plan.size(text) == size
 
 
 def test_the_plan_in_the_readme_is_what_the_script_prints(capsys):
     readme = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
-    block = next(block for block in readme.split("```") if block.startswith("\n$ python scripts/plan.py "))
-    command, text = block.removeprefix("\n$ python scripts/plan.py ").replace("\\\n", " ").split("\n", 1)
-    script("plan").main(command.split())
+    block = next(block for block in readme.split("```") if block.startswith("\n$ hf-blocklocal plan "))
+    command, text = block.removeprefix("\n$ hf-blocklocal plan ").replace("\\\n", " ").split("\n", 1)
+    plan.main(command.split())
     assert [line.rstrip() for line in text.splitlines()] == capsys.readouterr().out.rstrip().splitlines()

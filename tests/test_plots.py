@@ -10,12 +10,12 @@ from pathlib import Path
 
 import matplotlib as mpl
 import pytest
-from test_configs import script
 from test_parity import arguments, examples
 from zoo import SPECIMENS
 
 from hf_blocklocal import BlockLocalConfig, BlockLocalTrainer
 from hf_blocklocal.callbacks import DriftCallback, GradientAlignmentCallback, LinearProbeCallback
+from hf_blocklocal.commands import plot
 from hf_blocklocal.errors import MissingExtraError, NothingToDrawError
 from hf_blocklocal.extras import optional
 from hf_blocklocal.plots import draw, draw_run, find_source, spread
@@ -216,13 +216,12 @@ def test_a_folder_without_anything_to_draw_is_refused_with_what_to_do(run_folder
 
 
 def test_the_script_prints_the_files_and_explains_in_one_line_what_is_wrong(run_folder, tmp_path, capsys):
-    main = script("plot").main
-    main([str(run_folder()), "--output", str(tmp_path / "figures")])
+    plot.main([str(run_folder()), "--output", str(tmp_path / "figures")])
     printed = [Path(line) for line in capsys.readouterr().out.splitlines()]
     assert {path.stem for path in printed} == NAMES
     assert all(path.is_file() for path in printed)
-    with pytest.raises(SystemExit, match=r"^plot.py: There is no folder"):
-        main([str(tmp_path / "nowhere")])
+    with pytest.raises(SystemExit, match=r"^hf-blocklocal plot: There is no folder"):
+        plot.main([str(tmp_path / "nowhere")])
 
 
 def test_a_history_shows_what_its_logs_show_and_the_cut_memory_and_timeline(tmp_path):
@@ -261,8 +260,8 @@ def test_any_number_of_blocks_is_drawn(blocks):
 
 def test_a_corrupt_history_is_named_in_one_line(tmp_path):
     (tmp_path / HISTORY_NAME).write_text("nonsense\n")
-    with pytest.raises(SystemExit, match=r"^plot.py: Line 1 of .*history.jsonl is no JSON"):
-        script("plot").main([str(tmp_path)])
+    with pytest.raises(SystemExit, match=r"^hf-blocklocal plot: Line 1 of .*history.jsonl is no JSON"):
+        plot.main([str(tmp_path)])
 
 
 def test_a_real_run_with_all_callbacks_is_drawn_whole(tmp_path):

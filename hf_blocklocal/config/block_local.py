@@ -12,29 +12,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 from hf_blocklocal.config.combinations import check_combinations
+from hf_blocklocal.config.presets import PRESETS
 from hf_blocklocal.config.values import check_types, check_values
 from hf_blocklocal.errors import ConfigError
 
 
 CONFIG_NAME = "block_local_config.json"
 DEFAULT_BLOCKS = 2
-
-_PUBLISHED = {"block_lr_decay": 1.0}
-PRESETS: dict[str, dict[str, Any]] = {
-    # Nokland & Eidnes (2019), arXiv 1901.06656: a linear classifier on the output of each block.
-    "pred": _PUBLISHED | {"feedback": "label", "loss": "agreement"},
-    # The same paper: similarity matching, in place of that classifier or beside it.
-    "sim": _PUBLISHED | {"feedback": "label", "loss": "agreement", "sim": 1.0},
-    "predsim": _PUBLISHED | {"feedback": "label", "loss": "agreement", "sim": 0.99},
-    # Kappel et al. (2023), arXiv 2305.14974: what their public experiments do.
-    "kappel2023": _PUBLISHED | {"feedback": "prototype", "loss": "kappel2023", "denoising": 1.0},
-    # Belilovsky et al. (2020), arXiv 1901.08164: a classifier with a hidden layer on the output of each block.
-    "dgl": _PUBLISHED | {"feedback": "label", "loss": "agreement", "readout": "mlp"},
-    # Gomez et al. (2020), arXiv 2010.04116: linear classifiers, and the loss of a block teaches the one below it too.
-    "interlocking": _PUBLISHED | {"overlap": 1, "feedback": "label", "loss": "agreement"},
-    # One block: exactly the plain Trainer.
-    "backprop": {"num_blocks": 1},
-}
 
 
 def _help(default: Any, text: str) -> Any:
@@ -58,7 +42,7 @@ class BlockLocalConfig:
         "Blocks to cut the layers into; 1 is ordinary backpropagation. Default: what boundaries make, or one for each "
         "device that a model is spread over, else 2.",
     )
-    boundaries: tuple[int, ...] | None = _help(
+    boundaries: list[int] | None = _help(
         None, "First layer of every block but the first, counted in the order of execution. Replaces num_blocks."
     )
     balance: Literal["layers", "cost"] = _help(
@@ -92,7 +76,7 @@ class BlockLocalConfig:
     save_on_exit: bool = _help(
         False, "Whether training that is told to end, by Ctrl-C or SIGTERM, writes a checkpoint first."
     )
-    layers: tuple[str, ...] | None = _help(
+    layers: list[str] | None = _help(
         None, "Dotted names of the lists of layers to cut, for models whose structure does not show them."
     )
     feedback: Literal["auto", "direct", "chained", "label", "prototype"] = _help(
@@ -225,6 +209,7 @@ class BlockLocalConfig:
     evaluate_blocks: bool = _help(True, "Report in every evaluation what each block's head would have predicted.")
 
     def __post_init__(self) -> None:
+        # Lists by their types, for `HfArgumentParser`; tuples once they are here, so that nobody changes them.
         if isinstance(self.layers, str):
             object.__setattr__(self, "layers", (self.layers,))
         for name in ("boundaries", "layers"):
@@ -298,6 +283,11 @@ class BlockLocalConfig:
         """
         if name not in PRESETS:
             raise ConfigError(f"There is no preset {name!r}. Choose one of {sorted(PRESETS)}.")
+        if PRESETS[name].get("num_blocks", 0) not in (0, overrides.get("num_blocks", 1)):
+            raise ConfigError(
+                f"The preset {name!r} is a single block, and num_blocks={overrides['num_blocks']} is asked for. Leave "
+                "one of the two out. Heads that borrow all layers above have the gradient of backpropagation too."
+            )
         return cls.from_dict({**PRESETS[name], **overrides})
 
     @classmethod
@@ -314,8 +304,9 @@ class BlockLocalConfig:
         return cls(**values)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain, JSON-able values."""
-        return json.loads(json.dumps(asdict(self)))
+        """Return plain, JSON-able values, from which `from_dict` makes the same configuration."""
+        values = json.loads(json.dumps(asdict(self)))
+        return values | {"num_blocks": None} if self.leaves_cut_open else values
 
     def save_pretrained(self, save_directory: str | os.PathLike[str]) -> Path:
         """Write `block_local_config.json` into a folder, which is made if need be.
@@ -330,12 +321,17 @@ class BlockLocalConfig:
 
     @classmethod
     def from_pretrained(cls, save_directory: str | os.PathLike[str]) -> BlockLocalConfig:
-        """Read `block_local_config.json` from a folder; `hf_blocklocal.hub.fetch` makes one of a repository.
+        """Read `block_local_config.json` from a folder; `hf_blocklocal.fetch` makes one of a repository.
 
         Raises:
-            ConfigError: If the folder holds none, or one with unknown options.
+            ConfigError: If there is no such folder, it holds no such file, or one with unknown options.
         """
         path = Path(save_directory) / CONFIG_NAME
+        if not path.parent.is_dir():
+            raise ConfigError(
+                f"There is no folder {save_directory}. If it is a repository of the Hub: "
+                f"BlockLocalConfig.from_pretrained(hf_blocklocal.fetch({str(save_directory)!r}))."
+            )
         if not path.is_file():
             raise ConfigError(f"{save_directory} holds no {CONFIG_NAME}: it was not saved by block-local training.")
         return cls.from_dict(json.loads(path.read_text(encoding="utf-8")))

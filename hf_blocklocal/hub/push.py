@@ -56,7 +56,7 @@ class Destination:
 
     def command(self, folder: str | os.PathLike[str]) -> str:
         """Return the command that pushes a folder here later. It holds no token, since logs are shared."""
-        words = ["python", "scripts/push.py", str(Path(folder).resolve()), self.repo]
+        words = ["hf-blocklocal", "push", str(Path(folder).resolve()), self.repo]
         words += ["--private"] if self.private else []
         words += ["--revision", self.revision] if self.revision is not None else []
         return shlex.join(words)

@@ -11,8 +11,8 @@ from pathlib import Path
 import huggingface_hub.constants as client
 import pytest
 from sharing import QUICK, of_subprocess
-from test_configs import script
 
+from hf_blocklocal.commands import push as push_command
 from hf_blocklocal.errors import NotPushableError, PushError
 from hf_blocklocal.hub import Destination, Patience, push_run
 
@@ -145,7 +145,7 @@ def test_the_last_word_names_folder_and_command(hub, run):
     text = refused(run, private=True, revision="first try")
     assert text == (
         f"The run was not pushed to ann/run, tried 3 times: the Hub answered 500. Nothing is lost: it is saved in "
-        f"{run}. To finish the push later, run: python scripts/push.py {run} ann/run --private --revision 'first try'"
+        f"{run}. To finish the push later, run: hf-blocklocal push {run} ann/run --private --revision 'first try'"
     )
     assert hub.count("/commit/") == 3
 
@@ -309,27 +309,27 @@ def test_patience_without_sense(values):
         Patience(**values)
 
 
-# ---- scripts/push.py ----
+# ---- hf-blocklocal push ----
 
 
 def test_the_command_of_the_last_word_finishes_the_push(hub, run, capsys):
     fault = hub.fail("/commit/", 500)
     command = refused(run).partition("To finish the push later, run: ")[2].split()
-    assert command[:2] == ["python", "scripts/push.py"]
+    assert command[:2] == ["hf-blocklocal", "push"]
     fault.times = 0
-    script("push").main(command[2:])
+    push_command.main(command[2:])
     assert f"is on the Hub: {hub.url}/ann/run/commit/" in capsys.readouterr().out
     assert sorted(hub.files("ann/run")) == SHARED
 
 
 def test_a_checkpoint_can_be_pushed_without_what_only_its_run_needs(hub, run):
-    script("push").main([str(run / "checkpoint-2"), "ann/run", "--token", "hf_write", "--private"])
+    push_command.main([str(run / "checkpoint-2"), "ann/run", "--token", "hf_write", "--private"])
     assert sorted(hub.files("ann/run")) == sorted([".gitattributes", *MODEL, *TOKENIZER, "trainer_state.json"])
 
 
 def test_a_push_that_fails_ends_its_process_with_an_error(hub, run, tmp_path):
     hub.fail("PUT /lfs", hangs=True)
-    command = [sys.executable, str(ROOT / "scripts" / "push.py"), str(run), "ann/run", "--limit", "1"]
+    command = [sys.executable, "-m", "hf_blocklocal", "push", str(run), "ann/run", "--limit", "1"]
     environment = of_subprocess(hub, tmp_path)
     result = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
     while hub.count("PUT /lfs") == 0:
@@ -338,6 +338,9 @@ def test_a_push_that_fails_ends_its_process_with_an_error(hub, run, tmp_path):
     start = time.monotonic()
     said = result.communicate(timeout=60)[1]
     assert result.returncode == 1
-    assert "push.py: The run was not pushed to ann/run, tried once: the Hub does not come to an end. Nothing" in said
+    assert (
+        "hf-blocklocal push: The run was not pushed to ann/run, tried once: the Hub does not come to an end. Nothing"
+        in said
+    )
     assert "Traceback" not in said
     assert time.monotonic() - start < 15

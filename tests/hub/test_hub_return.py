@@ -10,6 +10,7 @@ from test_configs import script
 from test_parity import equal
 from transformers import TrainerCallback
 
+from hf_blocklocal.commands import push
 from hf_blocklocal.errors import FetchError
 
 
@@ -77,7 +78,7 @@ def test_a_folder_that_is_pushed_later_gets_the_name_of_its_repository_too(hub, 
     trainer.train()
     trainer.save_model()
     assert 'name = "."  # this folder' in (tmp_path / "run" / "README.md").read_text()
-    script("push").main([str(tmp_path / "run"), "ann/later"])
+    push.main([str(tmp_path / "run"), "ann/later"])
     assert 'name = "ann/later"\n' in hub.files("ann/later")["README.md"].decode()
 
 
@@ -92,4 +93,4 @@ def test_a_baseline_that_was_run_after_the_push_is_pushed_after_it(hub, tmp_path
     assert "Knows its baseline." in hub.files("ann/run")["README.md"].decode()
     hub.fail("/commit/", 403)
     (tmp_path / "run" / "README.md").write_text("---\ntags: [x]\n---\nOther.\n")
-    assert "python scripts/push.py" in train.push_again(run, str(tmp_path / "run"), "ann/run")
+    assert "hf-blocklocal push" in train.push_again(run, str(tmp_path / "run"), "ann/run")

@@ -219,14 +219,14 @@ def test_whatever_fails_at_the_end_the_run_is_on_disk(hub, tmp_path, monkeypatch
     with pytest.raises(NotPushableError if trouble in ("no token", "bad name") else PushError) as caught:
         trainer.push_to_hub()
     if isinstance(caught.value, PushError):
-        assert f"python scripts/push.py {tmp_path / 'run'} ann/run" in str(caught.value)
+        assert f"hf-blocklocal push {tmp_path / 'run'} ann/run" in str(caught.value)
     assert {path.name for path in (tmp_path / "run").iterdir()} >= MODEL
 
 
 def test_the_training_script_goes_on_to_its_table_and_tells_of_the_push_at_the_end(hub, tmp_path):
     trainer = make(tmp_path / "run", push_to_hub=True, hub_model_id="ann/run")
     fault = hub.fail("/commit/", 403)
-    assert "python scripts/push.py" in script("train").save(trainer)
+    assert "hf-blocklocal push" in script("train").save(trainer)
     fault.times = 0
     assert script("train").save(trainer) is None
 
@@ -237,7 +237,7 @@ def test_a_name_without_namespace_is_completed_before_the_card_is_written(hub, t
     write = trainer.create_model_card
     trainer.create_model_card = lambda **kwargs: (seen.append(trainer.hub_model_id), write(**kwargs))
     hub.fail("/commit/", 403)
-    with pytest.raises(PushError, match=r"not pushed to ann/run, .* python scripts/push.py .*/run ann/run$"):
+    with pytest.raises(PushError, match=r"not pushed to ann/run, .* hf-blocklocal push .*/run ann/run$"):
         trainer.push_to_hub()
     assert seen == ["ann/run"]
 
