@@ -27,7 +27,7 @@ from sharing import talk_to
 
 ROOT = Path(__file__).parents[1]
 # In the order of reading: the examples of a page go on from those before.
-NAMES = ["README.md", *(f"docs/{name}.md" for name in ("looking", "sizes", "sharing", "neighbours"))]
+NAMES = ["README.md", *(f"docs/{name}.md" for name in ("diagnostics", "truncation", "hub", "peft_and_trl"))]
 NAMES += [f"docs/{name}.md" for name in ("gpu", "learning", "scaling", "teaching")]
 PAGES = {name: (ROOT / name).read_text(encoding="utf-8") for name in NAMES}
 README = "\n".join(PAGES.values())

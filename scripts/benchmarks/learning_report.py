@@ -43,7 +43,10 @@ SHOWN = {"text": (3,), "language": (2, 4), "images": (2, 4), "reversal": (10, 20
 
 
 def headline(report: Mapping[str, Any]) -> list[str]:
-    """Return one short table of all tasks, a line per task and K: the means of what a reader asks for first."""
+    """Return one short table of all tasks, a line per task and K: the means of what a reader asks for first.
+
+    Means with a learning rate at the edge of all that were tried are marked.
+    """
     lines = [f"| | | K | {' | '.join(HEADLINES)} |", "|---|" + "---|" * (len(HEADLINES) + 2)]
     for name, counts in SHOWN.items():
         task = report["tasks"][name]
@@ -51,7 +54,7 @@ def headline(report: Mapping[str, Any]) -> list[str]:
         arrow = "↑" if metric["higher_is_better"] else "↓"
         for count in counts:
             cells = {
-                case["row"]: format(mean(scores(case)), metric["form"])
+                case["row"]: format(mean(scores(case)), metric["form"]) + (EDGE if case["at_edge"] else "")
                 for case in task["cases"]
                 if case["num_blocks"] in (count, None) and scores(case)
             }

@@ -129,14 +129,17 @@ def learning(report: dict[str, Any]) -> list[str]:
 def learning_summary(report: dict[str, Any]) -> list[str]:
     """The rows of the learning benchmark that a reader asks for first."""
     sys.path.insert(0, str(HERE))
-    from learning_report import headline
+    from learning_report import EDGE, headline
 
-    seeds = len(report["seeds"])
+    seeds, table = len(report["seeds"]), headline(report)
+    marked = (
+        f" {EDGE}: the best rate is at the edge of all that were tried." if any(EDGE in row for row in table) else ""
+    )
     return [
         f"Means of {seeds} seeds (`{report['command']}`), every learning rate tuned. K is the number of blocks;",
-        "*freeze lower* is the plain `Trainer` on the last of them and the task head alone.",
+        f"*freeze lower* is the plain `Trainer` on the last of them and the task head alone.{marked}",
         "",
-        *headline(report),
+        *table,
     ]
 
 
