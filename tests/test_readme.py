@@ -28,7 +28,7 @@ from sharing import talk_to
 ROOT = Path(__file__).parents[1]
 # In the order of reading: the examples of a page go on from those before.
 NAMES = ["README.md", *(f"docs/{name}.md" for name in ("diagnostics", "truncation", "hub", "peft_and_trl"))]
-NAMES += [f"docs/{name}.md" for name in ("gpu", "learning", "scaling", "teaching")]
+NAMES += [f"docs/{name}.md" for name in ("glossary", "gpu", "learning", "scaling", "teaching")]
 PAGES = {name: (ROOT / name).read_text(encoding="utf-8") for name in NAMES}
 README = "\n".join(PAGES.values())
 
@@ -95,6 +95,11 @@ def test_the_printed_losses_are_those_of_the_run(ran):
 def test_the_printed_cut_is_that_of_the_run(ran):
     stated = [line[2:] for line in README.splitlines() if re.match(r"# (block|\d)  +", line)]
     assert stated == [line.rstrip() for line in ran[0][1].splitlines()]
+
+
+def test_the_scores_named_are_those_of_an_evaluation(ran):
+    stated = next(line[2:] for line in README.splitlines() if line.startswith("# ['eval_block_0_loss'"))
+    assert stated == ran[0][0].splitlines()[-1]
 
 
 def test_the_figures_named_are_those_that_are_drawn(ran):
