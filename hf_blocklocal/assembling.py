@@ -5,7 +5,7 @@ This is the place to start for a training loop of one's own; the trainer does no
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from hf_blocklocal.anatomy.layers import check_all_layers_run, check_layers_not_shared, find_stacks, is_pretrained
-from hf_blocklocal.anatomy.routers import find_router_loss
+from hf_blocklocal.anatomy.routers import RouterLoss, find_router_loss
 from hf_blocklocal.anatomy.tying import shared_by_blocks, with_shared_weights_settled_, with_tied_weights_settled_
 from hf_blocklocal.assembly import Assembly
 from hf_blocklocal.config.block_local import BlockLocalConfig
@@ -23,7 +23,8 @@ from hf_blocklocal.cut.blocks import Boundaries, Cut
 from hf_blocklocal.cut.inlets import Inlets
 from hf_blocklocal.cut.needs import trace_needs
 from hf_blocklocal.cut.partition import Span
-from hf_blocklocal.cut.trace import owners_of, plan_cut, plan_spans, trace_layers, trace_reach
+from hf_blocklocal.cut.trace import Trace, owners_of, plan_cut, plan_spans, trace_layers, trace_reach
+from hf_blocklocal.feedback import FeedbackHead
 from hf_blocklocal.planning.balancing import balanced_cut
 from hf_blocklocal.planning.head_costs import head_costs, warn_of_heavy_heads
 from hf_blocklocal.targets.batch import labels_of
@@ -91,28 +92,20 @@ def assemble(
     chooses_rates, pretrained = config.block_lr_decay is not None, is_pretrained(model)
     config = settled(config, single_stack=trace.stacks[-1] == 0, lends=can_lend(model, trace), pretrained=pretrained)
     cut = balanced_cut(model, config, trace, inputs) if config.balance == "cost" else plan_cut(trace, config)
-    device = labels_of(inputs).device
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(seed)
-        heads = build_heads(model, config, trace, cut, label_smoothing)
+    heads = _seeded_heads(model, config, trace, cut, label_smoothing, seed=seed, device=labels_of(inputs).device)
     module = TaughtModel(model, heads)
-    module.heads.to(device)
     router_loss = find_router_loss(model)
     boundaries = Boundaries(model, cut, router_loss.routers if router_loss else None)
     reach = trace_reach(model, boundaries, inputs)
     config = with_shared_weights_settled_(model, config, reach, asked=asked == "untie")
     needs = trace_needs(model, boundaries, inputs) if config.borrows or config.blocks_apart else None
     boundaries.carried = needs.lasting if config.borrows else {}
-    inlets = Inlets(model, boundaries) if config.denoising > 0 or config.reconstruction > 0 else None
-    denoising = None
-    if config.denoising > 0:
-        denoising = build_denoising(model, config, trace, boundaries, inlets, reach)
+    step = _step(model, config, trace, boundaries, module.heads, inputs, reach, router_loss)
     owners = owners_of((name for name, _ in model.named_parameters()), cut, reach)
-    shortcut = build_shortcut(model, config, trace, cut, inputs, reach) if config.borrows else None
     contrasts = contrasts_tokens(trace.task, heads)
-    lent = lent_to_heads(model, shortcut, owners, cut.num_blocks, contrasts_tokens=contrasts)
+    lent = lent_to_heads(model, step.shortcut, owners, cut.num_blocks, contrasts_tokens=contrasts)
     config = refreshed(config) if any(lent) else config
-    copies = build_copies(model, config, lent, shortcut)
+    copies = build_copies(model, config, lent, step.shortcut)
     if copies is not None:
         lend_to_train_(heads, copies)
     assembly = Assembly(
@@ -121,16 +114,7 @@ def assemble(
         cut=cut,
         module=module,
         parameters=_by_block(module, owners, cut.num_blocks),
-        step=LocalStep(
-            boundaries,
-            module.heads,
-            router_loss=router_loss,
-            shortcut=shortcut,
-            overlap=config.overlap,
-            inlets=inlets,
-            denoising=denoising,
-            chunked=build_chunked(model, config, inputs),
-        ),
+        step=step,
         counts_items=trace.counts_items,
         forms=trace.forms,
         owners=owners,
@@ -145,6 +129,49 @@ def assemble(
         assembly = replace(assembly, head_costs=head_costs(model, assembly.step, trace.costs, inputs, targets))
     warn_of_heavy_heads(assembly.head_costs, config)
     return assembly
+
+
+def _seeded_heads(
+    model: nn.Module,
+    config: BlockLocalConfig,
+    trace: Trace,
+    cut: Cut,
+    label_smoothing: float,
+    *,
+    seed: int,
+    device: torch.device,
+) -> list[FeedbackHead]:
+    """Build the heads with the same weights in every process, and leave the caller's random stream as it is."""
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        return [head.to(device) for head in build_heads(model, config, trace, cut, label_smoothing)]
+
+
+def _step(
+    model: nn.Module,
+    config: BlockLocalConfig,
+    trace: Trace,
+    boundaries: Boundaries,
+    heads: nn.ModuleList,
+    inputs: Mapping[str, Any],
+    reach: Sequence[set[str]],
+    router_loss: RouterLoss | None,
+) -> LocalStep:
+    """Build what stands at the ends of the blocks, as far as the config asks for it."""
+    inlets = Inlets(model, boundaries) if config.denoising > 0 or config.reconstruction > 0 else None
+    denoising = None
+    if config.denoising > 0:
+        denoising = build_denoising(model, config, trace, boundaries, inlets, reach)
+    return LocalStep(
+        boundaries,
+        heads,
+        router_loss=router_loss,
+        shortcut=build_shortcut(model, config, trace, boundaries.cut, inputs, reach) if config.borrows else None,
+        overlap=config.overlap,
+        inlets=inlets,
+        denoising=denoising,
+        chunked=build_chunked(model, config, inputs),
+    )
 
 
 def _uncut(model: nn.Module, config: BlockLocalConfig) -> Assembly:
