@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Protocol
@@ -257,13 +257,8 @@ class Copies:
                 f"head_refresh_lag={schedule[1]}, and this run has {self.every} and {self.lag}. Resume with those of "
                 "that run, or train on from the model weights alone."
             )
-        saved = {key.removeprefix("copy/"): tensor for key, tensor in tensors.items() if key.startswith("copy/")}
         kept = self._kept()
-        saved = {
-            key: tensor
-            for name, tensor in saved.items()
-            for key in [key for key in self._keys_of(name) if key in kept] or [name]
-        }
+        saved = self._saved(tensors, kept)
         if (misfit := first_misfit(kept, saved)) is not None:
             raise CopiesMismatchError(
                 f"The borrowed weights in {path} do not fit: {misfit}. Resume with the cut, the head_layers, the "
@@ -271,16 +266,30 @@ class Copies:
             )
         self._step = step
         self.fetch()  # nothing may be left on its way
-        self._waiting.clear()
         for name, copy in kept.items():
             copy.copy_(saved[name])
+        self._wait_again(tensors)
+
+    def _saved(self, tensors: Mapping[str, Tensor], kept: Collection[str]) -> dict[str, Tensor]:
+        """Return the copies of a file, each under every name that it has here; under its own, where it has none."""
+        saved = {}
+        for key, tensor in tensors.items():
+            kind, _, name = key.partition("/")
+            if kind == "copy":
+                here = [mine for mine in self._keys_of(name) if mine in kept]
+                saved |= dict.fromkeys(here or [name], tensor)
+        return saved
+
+    def _wait_again(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take what had set out in the run of a file, and had not come into use."""
+        self._waiting.clear()
         devices = {key: copy.device for key, copy in self._all()}
         for key, tensor in tensors.items():
-            if key.startswith("waiting/"):
-                _, used_at, name = key.split("/", 2)
+            kind, _, rest = key.partition("/")
+            if kind == "waiting":
+                used_at, _, name = rest.partition("/")
                 waiting = self._waiting.setdefault(int(used_at), {})
-                for key in self._keys_of(name):
-                    waiting[key] = tensor.to(devices[key])
+                waiting |= {mine: tensor.to(devices[mine]) for mine in self._keys_of(name)}
 
     def _read(self, path: Path) -> dict[str, Tensor]:
         """Read a file of copies; of all blocks' only what concerns the one that is here."""

@@ -5,13 +5,16 @@ Runs the model's own forward without dropout and leaves it as it was; knows noth
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import ExitStack
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from hf_blocklocal.anatomy.embeddings import vocabulary_size
 from hf_blocklocal.anatomy.layers import Stack, check_layers_run_once, shifts_labels
@@ -73,6 +76,43 @@ class LossTraits:
     counts_items: bool = True
 
 
+@dataclass
+class _Record:
+    """What hooks on the layers write down while a model runs; dictionaries by the name of the layer."""
+
+    flops: FlopCounterMode = field(default_factory=operation_counter)
+    order: list[str] = field(default_factory=list)
+    shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    entering: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    forms: dict[str, int] = field(default_factory=dict)
+    lends: dict[str, bool] = field(default_factory=dict)
+    marks: list[float] = field(default_factory=list)
+
+    def enter(self, path: str, _layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Note that a layer begins, and what it is given."""
+        hidden = given_hidden(args, kwargs)
+        self.entering[path] = () if hidden is None else tuple(hidden.shape)
+        self.order.append(path)
+        self.marks.append(self.flops.get_total_flops())
+
+    def leave(self, path: str, _layer: nn.Module, _args: tuple[Any, ...], output: Any) -> None:
+        """Note what a layer has returned."""
+        self.shapes[path] = tuple(first_tensor(output).shape)
+        self.forms[path] = 0 if isinstance(output, Tensor) else len(output)
+        self.lends[path] = any(isinstance(item, Tensor) for item in beside_hidden(output))
+
+    def run(self, model: nn.Module, paths: Iterable[str], inputs: Mapping[str, Any]) -> Any:
+        """Run a model in evaluation mode with hooks on some layers, and return its output."""
+        with ExitStack() as hooks:
+            for path in paths:
+                layer = model.get_submodule(path)
+                entering = layer.register_forward_pre_hook(partial(self.enter, path), with_kwargs=True)
+                hooks.callback(entering.remove)
+                hooks.callback(layer.register_forward_hook(partial(self.leave, path)).remove)
+            with evaluation_mode(model), self.flops:
+                return model(**inputs)
+
+
 @torch.no_grad()
 def trace_layers(
     model: nn.Module, stacks: Sequence[Stack], inputs: Mapping[str, Any], loss_traits: LossTraits | None = None
@@ -91,51 +131,21 @@ def trace_layers(
         TargetError: If the labels are missing, or no head fits them.
     """
     labels = labels_of(inputs)
-    calls = {path: 0 for stack in stacks for path in stack.layers}
-    order: list[str] = []
-    shapes: dict[str, tuple[int, ...]] = {}
-    entering: dict[str, tuple[int, ...]] = {}
-    forms: dict[str, int] = {}
-    lends: dict[str, bool] = {}
-    marks: list[float] = []
-    flops = operation_counter()
-
-    def entered(path: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        hidden = given_hidden(args, kwargs)
-        entering[path] = () if hidden is None else tuple(hidden.shape)
-        calls[path] += 1
-        order.append(path)
-        marks.append(flops.get_total_flops())
-
-    def left(path: str, output: Any) -> None:
-        shapes[path] = tuple(first_tensor(output).shape)
-        forms[path] = 0 if isinstance(output, Tensor) else len(output)
-        lends[path] = any(isinstance(item, Tensor) for item in beside_hidden(output))
-
-    handles = []
-    for path in calls:
-        layer = model.get_submodule(path)
-        enter = partial(lambda path, _layer, args, kwargs: entered(path, args, kwargs), path)
-        handles.append(layer.register_forward_pre_hook(enter, with_kwargs=True))
-        handles.append(layer.register_forward_hook(lambda _layer, _args, output, path=path: left(path, output)))
-    try:
-        with evaluation_mode(model), flops:
-            outputs = model(**inputs)
-    finally:
-        for handle in handles:
-            handle.remove()
+    record = _Record()
+    outputs = record.run(model, [path for stack in stacks for path in stack.layers], inputs)
     loss = _output(model, outputs, "loss", 0)
+    calls = Counter(record.order)
     used = [stack for stack in stacks if any(calls[path] for path in stack.layers)]
     check_layers_run_once(model, {path: calls[path] for stack in (used or stacks) for path in stack.layers})
     stack_of = {path: number for number, stack in enumerate(used) for path in stack.layers}
     return Trace(
-        layers=tuple(order),
-        stacks=tuple(stack_of[path] for path in order),
-        shapes=tuple(shapes[path] for path in order),
-        entering=tuple(entering[path] for path in order),
-        forms=tuple(forms[path] for path in order),
-        lends=tuple(lends[path] for path in order),
-        costs=_costs(marks, flops.get_total_flops()),
+        layers=tuple(record.order),
+        stacks=tuple(stack_of[path] for path in record.order),
+        shapes=tuple(record.shapes[path] for path in record.order),
+        entering=tuple(record.entering[path] for path in record.order),
+        forms=tuple(record.forms[path] for path in record.order),
+        lends=tuple(record.lends[path] for path in record.order),
+        costs=_costs(record.marks, record.flops.get_total_flops()),
         task=_task(model, inputs, outputs, loss_traits),
         labels_shape=sequence_shape(inputs) if has_spans(inputs) else tuple(labels.shape),
         counts_items=(_counts_items(model, inputs, loss.device) if loss_traits is None else loss_traits.counts_items),
