@@ -133,7 +133,8 @@ def test_every_row_knows_all_that_it_depends_on(scripts):
             assert settings["block_local"]["num_blocks"] == 2
             assert {"head_layers", "feedback"} & settings["block_local"].keys(), "what is settled is part of it"
             assert "latent_dim" not in settings["block_local"], "what is as it comes is not"
-    assert rows["head_layers=1"].settings(3)["block_local"]["head_layers"] == 1
+    assert rows["head_layers=0, one rate"].settings(3)["block_local"]["head_layers"] == 0
+    assert rows["default, one rate"].settings(3)["block_local"]["head_layers"] == 2
 
 
 def test_a_row_that_the_package_does_not_know_is_skipped_with_a_reason(scripts, tiny):
@@ -305,8 +306,8 @@ def test_another_grid_does_not_make_the_data_anew(scripts, tiny, tmp_path):
 
 
 def test_rows_with_the_same_settings_share_their_runs(scripts, store, tiny):
-    pool, report = run_rows(scripts, store, tiny, some(scripts, "default", "head_layers=2"), seeds=(0,))
-    assert len(pool.labels) == 3  # with more than two blocks, two layers are the default
+    pool, report = run_rows(scripts, store, tiny, some(scripts, "default", "default, one rate"), seeds=(0,))
+    assert len(pool.labels) == 3  # from scratch, one rate is the default
     first, second = report["tasks"]["reversal"]["cases"]
     assert first["runs"] == second["runs"]
 
