@@ -85,6 +85,11 @@ class Assembly:
         pairs = ((parameter, named[name_of_original(name)]) for name, parameter in named.items())
         return {copy: original for copy, original in pairs if copy is not original}
 
+    def holds_weights_of(self, model: nn.Module) -> bool:
+        """Tell whether every parameter of a model, as it is now, belongs to a block."""
+        held = {parameter for block in self.parameters for parameter in block}
+        return all(parameter in held for parameter in model.parameters())
+
     @property
     def couples(self) -> bool:
         """Whether gradients of a block come from other losses than its own too."""

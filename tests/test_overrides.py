@@ -84,6 +84,39 @@ def test_an_optimizer_that_knows_what_learns_is_taken(kind, heads, tmp_path):
     make(kind, tmp_path, heads=heads).train()
 
 
+class WithRates(BlockLocalTrainer):
+    def create_optimizer(self, model=None):
+        self.optimizer = torch.optim.SGD(self.assembly.module.parameters(), lr=0.1)
+        self.assembly.set_learning_rates_(self.optimizer)
+        return self.optimizer
+
+
+def test_an_optimizer_that_knows_nothing_of_rates_is_refused_where_they_are_asked_for(tmp_path):
+    heads = {**OWN, "block_lr_decay": 0.5}
+    with pytest.raises(UnsupportedSettingError, match=r"OfAll.create_optimizer has made knows nothing of .*decay=0.5"):
+        make(OfAll, tmp_path, heads=heads).train()
+    trainer = make(WithRates, tmp_path, heads=heads)
+    trainer.train()
+    assert len({group["initial_lr"] for group in trainer.optimizer.param_groups}) == 2
+    assert "0.50" in trainer.assembly.describe()
+
+
+def test_an_optimizer_that_knows_nothing_of_the_default_s_rates_is_taken_and_they_are_not_told(tmp_path, caplog):
+    model = SPECIMENS["bert"].build()
+    model.save_pretrained(tmp_path / "start")
+    model = type(model).from_pretrained(tmp_path / "start")
+    trainer = OfAll(
+        model,
+        arguments(tmp_path, max_steps=2),
+        train_dataset=examples(SPECIMENS["bert"]),
+        block_local=BlockLocalConfig(num_blocks=2, **OWN),
+    )
+    assert "rate" in trainer.assembly.describe()
+    trainer.train()
+    assert "OfAll.create_optimizer has made has rates of its own" in caplog.text
+    assert "rate" not in trainer.assembly.describe()
+
+
 def test_a_training_step_that_teaches_no_block_is_refused(tmp_path):
     trainer = make(WholeBackward, tmp_path)
     before = snapshot(trainer)

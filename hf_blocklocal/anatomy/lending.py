@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from types import MethodType
@@ -12,6 +13,15 @@ from torch import Tensor, nn
 
 # What layers that normalise over a batch keep of earlier ones.
 _STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
+
+
+def taken_by(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """Return those inputs that the forward of a model takes; others are for a loss of the user's own."""
+    parameters = inspect.signature(model.forward).parameters.values()
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
+        return dict(inputs)
+    taken = {parameter.name for parameter in parameters}
+    return {name: value for name, value in inputs.items() if name in taken}
 
 
 def run_inside(model: nn.Module, inputs: Mapping[str, Any]) -> Any:

@@ -80,3 +80,16 @@ def hooks_outside_checkpoint(layer: nn.Module) -> Iterator[None]:
             yield
     finally:
         layer.gradient_checkpointing = True
+
+
+@contextmanager
+def everything_trainable(model: nn.Module) -> Iterator[None]:
+    """Let gradients reach frozen parameters too, inside the `with`."""
+    frozen = [p for p in model.parameters() if not p.requires_grad and torch.is_floating_point(p)]
+    for parameter in frozen:
+        parameter.requires_grad_(True)
+    try:
+        yield
+    finally:
+        for parameter in frozen:
+            parameter.requires_grad_(False)

@@ -104,7 +104,7 @@ def with_shared_weights_settled_(
         UnsupportedSettingError: If untying was asked for, blocks are apart, and other weights than the
             language-model head's are shared.
     """
-    shared = shared_by_blocks(reach)
+    shared = _learned(model, shared_by_blocks(reach))
     policy = config.tied_weights
     if policy == "untie" and config.blocks_apart and shared:
         if asked:
@@ -126,7 +126,7 @@ def freeze_shared_(model: nn.Module, reach: Sequence[set[str]]) -> None:
         model: The model, changed in place.
         reach: For each block, the names of the parameters that its loss reaches.
     """
-    shared = shared_by_blocks(reach)
+    shared = _learned(model, shared_by_blocks(reach))
     for name in shared:
         model.get_parameter(name).requires_grad_(False)
     if shared:
@@ -134,6 +134,10 @@ def freeze_shared_(model: nn.Module, reach: Sequence[set[str]]) -> None:
             "%s: used by several blocks, and frozen: tied_weights='freeze'. It stays as it was pretrained.",
             ", ".join(shared),
         )
+
+
+def _learned(model: nn.Module, names: Sequence[str]) -> list[str]:
+    return [name for name in names if model.get_parameter(name).requires_grad]
 
 
 def shared_by_blocks(reach: Sequence[set[str]]) -> list[str]:

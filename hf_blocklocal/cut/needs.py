@@ -7,8 +7,7 @@ the block below.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -66,7 +65,7 @@ def trace_needs(
         if has_values and not all(map(_same, before, tensors)):
             changing.add(key)
 
-    with everything_trainable(model), evaluation_mode(model):
+    with evaluation_mode(model):
         parameters = trace_reach(model, boundaries, inputs, hand_on=_marked, observe=observe)
     lasting = {
         stack: frozenset(name for of, name in values.keys() - changing if of == stack) for stack in set(cut.stacks)
@@ -81,16 +80,3 @@ def _same(first: Tensor, second: Tensor) -> bool:
 def _marked(hidden: Tensor) -> Tensor:
     """Return what a block hands on, such that what is made of it can be told from what every process can make."""
     return hidden.detach().requires_grad_().clone()
-
-
-@contextmanager
-def everything_trainable(model: nn.Module) -> Iterator[None]:
-    """Let gradients reach frozen parameters too, inside the `with`."""
-    frozen = [p for p in model.parameters() if not p.requires_grad and torch.is_floating_point(p)]
-    for parameter in frozen:
-        parameter.requires_grad_(True)
-    try:
-        yield
-    finally:
-        for parameter in frozen:
-            parameter.requires_grad_(False)

@@ -18,7 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from hf_blocklocal.anatomy.embeddings import vocabulary_size
 from hf_blocklocal.anatomy.layers import Stack, check_layers_run_once, shifts_labels
-from hf_blocklocal.anatomy.modes import evaluation_mode
+from hf_blocklocal.anatomy.modes import evaluation_mode, everything_trainable
 from hf_blocklocal.anatomy.signals import beside_hidden, first_tensor, given_hidden
 from hf_blocklocal.config.block_local import BlockLocalConfig
 from hf_blocklocal.cut.blocks import Boundaries, Cut
@@ -203,7 +203,7 @@ def trace_reach(
     hand_on: Callable[[Tensor], Tensor] = Tensor.detach,
     observe: Callable[[int, int | str, Any], None] | None = None,
 ) -> list[set[str]]:
-    """Find out which parameters the loss of each block reaches.
+    """Find out which parameters the loss of each block reaches, those among them that are frozen now.
 
     Args:
         model: The model.
@@ -233,7 +233,12 @@ def trace_reach(
                 )
         return hand_on(output)
 
-    with evaluation_mode(model), torch.enable_grad(), boundaries.attached(note, observe=observe):
+    with (
+        everything_trainable(model),
+        evaluation_mode(model),
+        torch.enable_grad(),
+        boundaries.attached(note, observe=observe),
+    ):
         outputs = model(**inputs)
         note(cut.num_blocks - 1, _output(model, outputs, "loss", 0))
     return reach
@@ -274,7 +279,7 @@ def _counts_items(model: nn.Module, inputs: Mapping[str, Any], device: torch.dev
             )
     except TypeError:
         return False
-    return few != many
+    return few == few and few != many  # a loss that is not a number says nothing
 
 
 def _output(model: nn.Module, outputs: Any, name: str, position: int) -> Tensor:

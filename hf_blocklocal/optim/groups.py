@@ -82,7 +82,7 @@ def scale_learning_rates_(
     """
     groups, rates = optimizer.param_groups, rates or {}
     nothing_to_do = not rates and all(factor == 1 for factor in factors.values())
-    if nothing_to_do or any(_FACTOR in group for group in groups):
+    if nothing_to_do or has_rates_of_blocks(optimizer):
         return True
     name = type(optimizer).__name__
     has_no_rates = not groups or any(group.get("lr") is None for group in groups)
@@ -108,6 +108,11 @@ def scale_learning_rates_(
     # In place: some optimizers and schedules keep a reference to the list.
     groups[:] = [part for group in groups for part in _split(group, factors, rates)]
     return True
+
+
+def has_rates_of_blocks(optimizer: torch.optim.Optimizer) -> bool:
+    """Tell whether the groups of an optimizer have been split by `scale_learning_rates_`."""
+    return any(_FACTOR in group for group in optimizer.param_groups)
 
 
 def _split(

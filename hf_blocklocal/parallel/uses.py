@@ -8,9 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_blocklocal.anatomy.modes import evaluation_mode, outputs_not_recorded
+from hf_blocklocal.anatomy.modes import evaluation_mode, everything_trainable, outputs_not_recorded
 from hf_blocklocal.assembly import Assembly
-from hf_blocklocal.cut.needs import everything_trainable
 from hf_blocklocal.cut.trace import reached_parameters
 from hf_blocklocal.errors import UnsupportedSettingError
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from typing import Any
 
@@ -49,8 +49,31 @@ def first_batch(dataset: Any, collate: Callable[[list[Any]], Mapping[str, Any]],
     Raises:
         TargetError: If the first 64 examples are all without a label that counts.
     """
-    for examples in _windows(dataset, size):
-        batch = collate(examples)
+    # Copies, for collators that take something out of an example.
+    batches = (collate([copy.copy(example) for example in examples]) for examples in _windows(dataset, size))
+    return _first_with_labels(batches)
+
+
+def first_of_loader(loader: Iterable[Mapping[str, Any]], size: int) -> Mapping[str, Any]:
+    """Return the beginning of the first batch of a data loader that has a label.
+
+    Args:
+        loader: Yields batches.
+        size: Samples to keep of it.
+
+    Raises:
+        TargetError: If the first 64 samples or more are all without a label that counts.
+    """
+    batch = _first_with_labels(islice(loader, max(1, _SEARCHED // size)))
+    rows = next((value.shape[0] for value in batch.values() if isinstance(value, torch.Tensor) and value.dim()), 0)
+    return {
+        name: value[:size] if isinstance(value, torch.Tensor) and value.dim() and value.shape[0] == rows else value
+        for name, value in batch.items()
+    }
+
+
+def _first_with_labels(batches: Iterable[Mapping[str, Any]]) -> Mapping[str, Any]:
+    for batch in batches:
         labels = batch.get("labels")
         if labels is None or bool((torch.as_tensor(labels) != IGNORED).any()):
             return batch

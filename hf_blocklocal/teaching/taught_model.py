@@ -13,6 +13,8 @@ from hf_blocklocal.feedback import FeedbackHead
 class TaughtModel(nn.Module):
     """A model and its feedback heads, side by side: one module for optimizers and for `zero_grad`.
 
+    What else it is asked for, such as `config` or `save_pretrained`, is the model's.
+
     Args:
         model: The model, which stays an ordinary one.
         heads: The feedback head of every block but the last.
@@ -22,6 +24,15 @@ class TaughtModel(nn.Module):
         super().__init__()
         self.model = model
         self.heads = nn.ModuleList(heads)
+
+    def __getattr__(self, name: str) -> Any:
+        """Return what the model has by that name, where this module has nothing."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name in ("model", "heads"):  # not there yet
+                raise
+            return getattr(self.model, name)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the model alone."""

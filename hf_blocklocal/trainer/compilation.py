@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from types import MethodType
 from typing import Any
 
 import torch
@@ -37,7 +38,8 @@ def layers_compiled(layers: Sequence[nn.Module], plugin: Any, *, overlap: int) -
             )
         for layer in layers:
             if "forward" not in vars(layer):
-                layer.forward = torch.compile(layer.forward, **plugin.to_kwargs())
+                # Bound to the layer, so that a copy of it runs with the weights of the copy.
+                layer.forward = MethodType(torch.compile(type(layer).forward, **plugin.to_kwargs()), layer)
     plugin.backend = DynamoBackend.NO
     try:
         yield

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from hf_blocklocal.anatomy.lending import taken_by
 from hf_blocklocal.targets.batch import has_labels
 from hf_blocklocal.teaching.evaluation import BlockScores
 from hf_blocklocal.trainer.spreading import SpreadsBlocks
@@ -15,17 +16,25 @@ from hf_blocklocal.trainer.spreading import SpreadsBlocks
 class EvaluatesBlocks(SpreadsBlocks):
     """Adds to every evaluation what each block by itself would have predicted."""
 
-    def evaluation_loop(self, dataloader: Any, description: str, *args: Any, **kwargs: Any) -> Any:
+    def evaluation_loop(
+        self,
+        dataloader: Any,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> Any:
         """Add to the metrics what each block's head would have predicted."""
+        asked = (dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
         if self._assembly is None or self._assembly.last == 0 or not self.block_local.evaluate_blocks:
-            return super().evaluation_loop(dataloader, description, *args, **kwargs)
+            return super().evaluation_loop(*asked)
         self._scores = BlockScores(self._assembly.step)
         try:
             with self._session():
                 self._assembly.begin_step(self.state.global_step)
-                output = super().evaluation_loop(dataloader, description, *args, **kwargs)
+                output = super().evaluation_loop(*asked)
             self._scores.gather(self._sum_over_blocks)
-            output.metrics.update(self._scores.metrics(kwargs.get("metric_key_prefix", "eval")))
+            output.metrics.update(self._scores.metrics(metric_key_prefix))
         finally:
             self._scores = None
         return output
@@ -38,7 +47,7 @@ class EvaluatesBlocks(SpreadsBlocks):
         inputs = self._batch_to_read(inputs)
         with torch.no_grad():
             targets = self.assembly.read_targets(inputs, whole_vocabulary=True)
-        with self._scores.watch(targets, inputs):
+        with self._scores.watch(targets, taken_by(self.model, inputs)):
             result = super().prediction_step(model, inputs, *args, **kwargs)
         self._scores.add(self._gather_samples(self._scores.batch_BK3))
         return result

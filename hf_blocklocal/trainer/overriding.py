@@ -7,6 +7,7 @@ from itertools import takewhile
 from typing import Any
 
 from hf_blocklocal.errors import UnsupportedSettingError
+from hf_blocklocal.optim.groups import has_rates_of_blocks
 from hf_blocklocal.trainer.spreading import SpreadsBlocks
 
 
@@ -82,6 +83,25 @@ class ChecksOverrides(SpreadsBlocks):
                 f"{left_out[0]}. Call super().create_optimizer() there, or optimize "
                 "self.assembly.module.parameters(), which are those of the model and its heads."
             )
+        if self._overrides("create_optimizer"):
+            self._check_rates(made_by)
+
+    def _check_rates(self, made_by: str) -> None:
+        """Refuse an optimizer without the rates that were asked for; of those that were not, a warning says so."""
+        decay = self.assembly.config.block_lr_decay
+        if decay in (None, 1.0) or has_rates_of_blocks(self._inner_optimizer):
+            return
+        call = "Call self.assembly.set_learning_rates_(optimizer) there"
+        if self.assembly.chooses_rates:
+            raise UnsupportedSettingError(
+                f"{made_by} knows nothing of block_lr_decay={decay}. {call}, or leave the option out."
+            )
+        logger.warning(
+            "%s has rates of its own; by default, lower blocks of a pretrained model learn at smaller ones. %s.",
+            made_by,
+            call,
+        )
+        self._learn_at_one_rate()
 
     def _check_taught(self) -> None:
         """Refuse to step blocks that have not been taught; called before every step of the optimizer.

@@ -56,8 +56,8 @@ class FindsCheckpoints(TakesStation):
         Args:
             checkpoint: What `_checkpoint_here` has returned.
         """
-        if not checkpoint or self.optimizer is not None:
-            return
+        if not checkpoint or (self.optimizer is not None and self._assembly is not None):
+            return  # the optimizer may hold the heads that are there
         folder = get_last_checkpoint(self.args.output_dir) if checkpoint is True else checkpoint
         if folder is None or not (Path(folder) / CONFIG_NAME).is_file():
             return

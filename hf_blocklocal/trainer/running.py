@@ -20,6 +20,11 @@ from hf_blocklocal.trainer.resuming import FindsCheckpoints
 logger = logging.getLogger(__name__)
 
 
+def ends_run(logs: Mapping[str, Any]) -> bool:
+    """Tell whether these logs are of a whole run, and not of an evaluation whose prefix is `train`."""
+    return "train_loss" in logs and "total_flos" in logs
+
+
 class RunsApart(FindsCheckpoints):
     """Trains the block that is here, in step with the others."""
 
@@ -158,7 +163,7 @@ class RunsApart(FindsCheckpoints):
         return said
 
     def _ends_run_apart(self, logs: Mapping[str, float]) -> bool:
-        return self._chain is not None and "train_loss" in logs
+        return self._chain is not None and ends_run(logs)
 
     def _of_run(self) -> dict[str, float]:
         """Return the mean loss of the last block over the steps of the run."""

@@ -16,6 +16,7 @@ from hf_blocklocal.devices.spreading import Spread, gather_
 from hf_blocklocal.optim.updates import BlockUpdates
 from hf_blocklocal.teaching.report import StepReport
 from hf_blocklocal.trainer.placing import PlacesBlocks
+from hf_blocklocal.trainer.running import ends_run
 
 
 _APART = "blocks on several devices"
@@ -114,7 +115,7 @@ class SpreadsBlocks(PlacesBlocks):
         return {"loss": last_loss} | ({"grad_norm": self._ledger.grad_norm} if "grad_norm" in logs else {})
 
     def _ends_run_apart(self, logs: Mapping[str, float]) -> bool:
-        return super()._ends_run_apart(logs) or (self._spread is not None and "train_loss" in logs)
+        return super()._ends_run_apart(logs) or (self._spread is not None and ends_run(logs))
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Look whether all losses and gradients have been finite."""

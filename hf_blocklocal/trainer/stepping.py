@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hf_blocklocal.anatomy.lending import taken_by
 from hf_blocklocal.errors import NonFiniteLossError
 from hf_blocklocal.targets.batch import Targets
 from hf_blocklocal.teaching.bootstrap import bootstrap_weight
@@ -83,7 +84,7 @@ class StepsBlocks(ScalesBlocks):
             scale=loss_scale(targets, num_items_in_batch, processes=processes, accumulation_steps=accumulation),
             backward=self.accelerator.backward if learns else self._backward_to_nothing,
             learned=self._finish_block,
-            inputs=inputs,
+            inputs=taken_by(self.model, inputs),
             custom_loss=custom_loss(
                 self.compute_loss_func, inputs.get("labels"), targets, num_items_in_batch, processes=processes
             ),

@@ -15,11 +15,13 @@ from accelerate.utils import send_to_device
 from torch import nn
 from transformers import Trainer
 
+from hf_blocklocal.anatomy.lending import taken_by
 from hf_blocklocal.assembling import assemble, check_structure
 from hf_blocklocal.assembly import Assembly
 from hf_blocklocal.config.block_local import BlockLocalConfig
 from hf_blocklocal.config.refusals import (
     check_arguments,
+    check_evaluates_copies,
     check_launcher,
     check_loss_settings,
     check_placement,
@@ -30,7 +32,7 @@ from hf_blocklocal.optim.collectives import broadcast_from_first
 from hf_blocklocal.optim.stepping import add_heads_, check_steps_by_block
 from hf_blocklocal.randomness import random_state_kept
 from hf_blocklocal.records.meters import BlockLossMeter
-from hf_blocklocal.targets.probe import dataset_to_trace, first_batch, with_own_generators
+from hf_blocklocal.targets.probe import dataset_to_trace, first_batch, first_of_loader, with_own_generators
 from hf_blocklocal.teaching.evaluation import BlockScores
 from hf_blocklocal.teaching.taught_model import name_of_original
 from hf_blocklocal.trainer.cards import WritesCards
@@ -71,6 +73,7 @@ class BlockLocalMixin(ChecksOverrides, EvaluatesBlocks, SavesBlocks, PushesRuns,
         check_structure(self.model, self.block_local)
         self._lay_out()
         if self.block_local.num_blocks > 1:
+            check_evaluates_copies(self.args, self.block_local)
             check_placement(self.model, model_parallel=self.is_model_parallel and self._layout is None)
         self._take_station()
 
@@ -99,13 +102,24 @@ class BlockLocalMixin(ChecksOverrides, EvaluatesBlocks, SavesBlocks, PushesRuns,
         return self._assembly
 
     def _first_batch(self) -> Mapping[str, Any]:
-        """Collate the first examples as the data loader would."""
-        dataset = dataset_to_trace(self.train_dataset, self.eval_dataset)
-        collator = with_own_generators(self.data_collator)
-        collate = self._get_collator_with_removed_columns(collator, description="traced")
-        batch = self._prepare_inputs(first_batch(dataset, collate, min(2, self.args.per_device_train_batch_size)))
+        """Collate the first examples as the data loader would; where a subclass has its own loader, ask that."""
+        size = min(2, self.args.per_device_train_batch_size)
+        if self._overrides("get_train_dataloader"):
+            batch = first_of_loader(self.get_train_dataloader(), size)
+        else:
+            dataset = dataset_to_trace(self.train_dataset, self.eval_dataset)
+            collator = with_own_generators(self.data_collator)
+            collate = self._get_collator_with_removed_columns(collator, description="traced")
+            batch = first_batch(dataset, collate, size)
+        batch = taken_by(self.model, self._prepare_inputs(batch))
         apart = self.block_local.blocks_apart
         return send_to_device(batch, next(self.model.parameters()).device) if apart else batch
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Cut the model anew, if it has got other weights since it was cut, such as a larger embedding or adapters."""
+        if self._assembly is not None and not self._is_apart and not self._assembly.holds_weights_of(self.model):
+            self._assembly = None
+        return super().train(*args, **kwargs)
 
     @property
     def anchor(self) -> Anchor | None:
@@ -144,11 +158,15 @@ class BlockLocalMixin(ChecksOverrides, EvaluatesBlocks, SavesBlocks, PushesRuns,
             heads, originals = list(self.assembly.heads.parameters()), self.assembly.originals
             add_heads_(given, heads, originals=originals, has_schedule=has_schedule)
         if not self.assembly.set_learning_rates_(self._inner_optimizer, has_schedule=has_schedule):
-            self._assembly = replace(self.assembly, config=replace(self.assembly.config, block_lr_decay=1.0))
+            self._learn_at_one_rate()
         self._keep_own_shard(self._inner_optimizer, given=given is not None)
         if self.block_local.step_per_block and self.assembly.last > 0:
             check_steps_by_block(self._inner_optimizer)
         return optimizer
+
+    def _learn_at_one_rate(self) -> None:
+        """Write down that blocks do, so that nobody is told otherwise."""
+        self._assembly = replace(self.assembly, config=replace(self.assembly.config, block_lr_decay=1.0))
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         """Let copies that a head trains decay as the weights that they are copies of."""
@@ -180,14 +198,15 @@ class BlockLocalMixin(ChecksOverrides, EvaluatesBlocks, SavesBlocks, PushesRuns,
     # ---- Logging ----
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Add the loss of every block to the training logs."""
-        if self.assembly.last > 0 and ("loss" in logs or self._ends_run_apart(logs)):
+        """Add the loss of every block to the training logs of the parent, which tell the learning rate too."""
+        of_steps = "loss" in logs and "learning_rate" in logs
+        if (of_steps or self._ends_run_apart(logs)) and self.assembly.last > 0:
             steps, last = self._meter.steps, f"block_{self.assembly.last}/loss"
             blocks, processes = self.assembly.cut.num_blocks, self.args.world_size
             overflows = None if self._scaler is None else self._scaler.overflows
             said = self._together(self._meter.pop, blocks, self.args.device, processes, overflows=overflows)
             self._logged_loss += steps * said[last]
-            logs |= (said | self._of_all_blocks(logs, said[last])) if "loss" in logs else self._of_run()
+            logs |= (said | self._of_all_blocks(logs, said[last])) if of_steps else self._of_run()
         super().log(logs, *args, **kwargs)
 
 
