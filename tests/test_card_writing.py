@@ -149,6 +149,16 @@ def test_a_card_that_cannot_be_updated_is_left_as_it_is(text, message, tmp_path)
     assert (tmp_path / "README.md").read_text() == text
 
 
+def test_a_run_whose_card_cannot_be_updated_saves_its_model_and_says_so(tmp_path, caplog):
+    trainer = trainer_in(tmp_path)
+    trainer.train()
+    (tmp_path / "README.md").write_text("---\nlicense: [\n---\nwords\n")
+    trainer.save_model()
+    assert "is saved without a card of this run" in caplog.text
+    assert "has metadata that the Hub would refuse" in caplog.text
+    assert (tmp_path / "model.safetensors").is_file()
+
+
 def test_the_quick_start_can_be_told_where_the_model_was_pushed(tmp_path):
     path = write_card(FACTS, tmp_path)
     assert name_location(tmp_path, "someone/small")

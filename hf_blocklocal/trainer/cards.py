@@ -9,7 +9,7 @@ from transformers import Trainer, TrainerCallback
 
 from hf_blocklocal.callbacks import HistoryCallback, ModelCardCallback
 from hf_blocklocal.card import CardStatement
-from hf_blocklocal.errors import MissingExtraError, NothingToDrawError
+from hf_blocklocal.errors import CardError, MissingExtraError, NothingToDrawError
 from hf_blocklocal.plots import draw_run
 
 
@@ -52,7 +52,10 @@ class WritesCards(Trainer):
             folder = self.args.output_dir if output_dir is None else output_dir
             self._save_history(folder)
             if self.model_card is not None and self.model_card.finished:
-                self.model_card.write(folder)
+                try:
+                    self.model_card.write(folder)
+                except CardError as error:  # the model is saved, and the script may have more to do
+                    logger.warning("%s is saved without a card of this run. %s", folder, error)
 
     def save_state(self) -> None:
         """Write the history beside the state."""
