@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from hf_blocklocal.anatomy.standin import stand_in
+from hf_blocklocal.anatomy.example import example_batch
 from hf_blocklocal.assembling import assemble
 from hf_blocklocal.assembly import Assembly
 from hf_blocklocal.checkpoint import load_heads_, saved_boundaries
@@ -30,8 +30,8 @@ def load_heads(
     Args:
         source: A folder that `save_model()` has written, or a repository on the Hub.
         model: The model, loaded from there or anywhere with `from_pretrained`.
-        inputs: A small batch with labels, on the model's device; it tells what the model is to predict. For text and
-            images and the usual tasks, one is made up.
+        inputs: A small batch with labels, on the model's device; it tells what the model is to predict. For text,
+            images and sounds and the usual tasks, one is made up.
         revision: Branch, tag or commit of the repository.
         token: A token that may read it; None takes that of `hf auth login` or HF_TOKEN.
 
@@ -48,6 +48,6 @@ def load_heads(
     if config.balance != "layers":
         # The balance depends on the traced batch; where the cut has been is known.
         config = replace(config, boundaries=saved_boundaries(folder), balance="layers")
-    assembly = assemble(model, config, stand_in(model) if inputs is None else inputs)
+    assembly = assemble(model, config, example_batch(model) if inputs is None else inputs)
     load_heads_(assembly.heads, folder, cut=assembly.cut)
     return assembly

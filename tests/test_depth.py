@@ -11,9 +11,9 @@ from training import make
 from zoo import SPECIMENS
 
 from hf_blocklocal import BlockLocalConfig, assemble, early_exit, truncate
+from hf_blocklocal.anatomy.example import example_batch
 from hf_blocklocal.depth import measure, open_trained, sweep, table
-from hf_blocklocal.depth.example import example_batch
-from hf_blocklocal.errors import TargetError, UnsupportedSettingError
+from hf_blocklocal.errors import InputsNeededError, TargetError
 from hf_blocklocal.plots.depths import draw_depths
 
 
@@ -96,7 +96,7 @@ def test_a_made_up_batch_is_one_that_the_model_can_be_cut_with(name, borrow):
 def test_what_a_model_takes_may_have_to_be_said(borrow):
     model = borrow("vit")
     model.main_input_name = "smells"
-    with pytest.raises(UnsupportedSettingError, match=r"inputs=batch"):
+    with pytest.raises(InputsNeededError, match=r"inputs=batch"):
         open_trained(model, config=BlockLocalConfig(num_blocks=2, head_layers=1))
 
 

@@ -16,6 +16,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedModel
 
+from hf_blocklocal.anatomy.example import example_batch
 from hf_blocklocal.anatomy.layers import is_encoder_decoder
 from hf_blocklocal.anatomy.modes import evaluation_mode, outputs_not_recorded
 from hf_blocklocal.assembling import assemble
@@ -24,7 +25,6 @@ from hf_blocklocal.borrowing.shortcut import learns_past_layers
 from hf_blocklocal.checkpoint import HEADS_NAME, load_heads_
 from hf_blocklocal.config.block_local import BlockLocalConfig
 from hf_blocklocal.config.defaults import settled
-from hf_blocklocal.depth.example import example_batch
 from hf_blocklocal.errors import ConfigError, HeadsMismatchError, UnsupportedSettingError
 from hf_blocklocal.targets.batch import Targets
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from hf_blocklocal.anatomy.embeddings import vocabulary_size
 from hf_blocklocal.anatomy.layers import is_encoder_decoder
 from hf_blocklocal.anatomy.modes import evaluation_mode
-from hf_blocklocal.errors import UnsupportedSettingError
+from hf_blocklocal.errors import InputsNeededError
 from hf_blocklocal.targets.spans import span_logits
 
 
@@ -30,7 +30,7 @@ def example_batch(model: nn.Module) -> dict[str, Tensor]:
         model: A transformers model with a task head.
 
     Raises:
-        UnsupportedSettingError: If it is not known what the model takes.
+        InputsNeededError: If it is not known what the model takes, or it has no task head.
     """
     generator = torch.Generator().manual_seed(0)
     inputs = _inputs(model, generator)
@@ -55,10 +55,7 @@ def _inputs(model: nn.Module, generator: torch.Generator) -> dict[str, Tensor]:
     elif name == "input_values" and hasattr(config, "conv_stride"):
         shape = (WAVE,)
     if shape is None:
-        raise UnsupportedSettingError(
-            f"It is not known what a batch for {type(model).__name__} looks like (main input: {name!r}). Pass a small "
-            "batch with labels: inputs=batch."
-        )
+        raise _unknown(model, f"its input {name}")
     return {name: torch.randn((SAMPLES, *shape), generator=generator).to(model.dtype)}
 
 
@@ -85,6 +82,8 @@ def _labels(model: nn.Module, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
     if span_logits(outputs) is not None:
         starts_B = torch.zeros(SAMPLES, dtype=torch.long, device=model.device)
         return {"start_positions": starts_B, "end_positions": starts_B + TOKENS // 2}
+    if not isinstance(getattr(outputs, "logits", None), Tensor):
+        raise _unknown(model, "its task")
     return {"labels": _labels_like(outputs.logits, getattr(model.config, "problem_type", None))}
 
 
@@ -96,3 +95,10 @@ def _labels_like(logits: Tensor, problem: str | None) -> Tensor:
     if problem == "regression" or (problem is None and logits.shape[-1] == 1):
         return torch.ones_like(logits, dtype=torch.float32).squeeze(-1)
     return torch.zeros(logits.shape[0], dtype=torch.long, device=logits.device)
+
+
+def _unknown(model: nn.Module, what: str) -> InputsNeededError:
+    return InputsNeededError(
+        f"No batch can be made up for {type(model).__name__}, because {what} is not known. Hand in a small batch with "
+        "labels: inputs=batch."
+    )
