@@ -97,11 +97,6 @@ def _check_refresh(config: Any) -> None:
 
 
 def _check_bootstrap(config: Any) -> None:
-    until = config.bootstrap_until
-    if isinstance(until, bool) or not isinstance(until, int | float) or not 0 < until < 1:
-        raise ConfigError(
-            f"bootstrap_until must be a share above 0 and below 1, so that it ends before the run; got {until!r}."
-        )
     if config.bootstrap == 0:
         return
     needs = {
@@ -140,7 +135,7 @@ def _check_parallel(config: Any) -> None:
             f"a process holds all of them. Use block_parallel_size={config.num_blocks}, or leave shard_replicas out."
         )
     if config.blocks_apart:
-        _check_apart(config, f"block_parallel_size={size}" if size > 1 else "placement='devices'")
+        _check_apart(config, config.apart_by)
 
 
 def _check_apart(config: Any, option: str) -> None:

@@ -86,6 +86,11 @@ def _check_shares(config: Any) -> None:
         if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
             raise ConfigError(f"{name} must be a share between 0 and 1, got {value!r}.")
         object.__setattr__(config, name, float(value))
+    until = config.bootstrap_until
+    if isinstance(until, bool) or not isinstance(until, int | float) or not 0 < until < 1:
+        raise ConfigError(
+            f"bootstrap_until must be a share above 0 and below 1, so that it ends before the run; got {until!r}."
+        )
     rate = config.feedback_learning_rate
     if rate is not None:
         if isinstance(rate, bool) or not isinstance(rate, int | float) or not 0 < rate < math.inf:
