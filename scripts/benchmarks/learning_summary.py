@@ -50,18 +50,24 @@ def summary_of(case: Case, store: Store, seeds: Sequence[int]) -> dict[str, Any]
     chosen = [] if best is None else [best, *case.repeats(best.rate, seeds[1:])]
     grid = case.grid(store, seeds[0])
     results = {store.path(run).name: (run, store.load(run)) for run in [*grid, *chosen]}
-    rates = [run.rate for run in grid]
+    scores = {run.rate: (store.load(run) or {}).get("validation") for run in grid}
     local = case.row.method == "local"
     return {
         "row": case.row.name,
         "method": case.row.method,
         "num_blocks": case.num_blocks,
         "rate": best.rate if best else None,
-        "at_edge": best is not None and len(rates) > 1 and best.rate in (rates[0], rates[-1]),
+        "at_edge": best is not None and is_at_edge(best.rate, scores),
         "settings": grid[0].settings,
         "other_code": local and any(result and result["code"] != package_code() for _, result in results.values()),
         "runs": [{**_short(run, result), "chosen": run in chosen} for run, result in results.values() if result],
     }
+
+
+def is_at_edge(rate: float | None, scores: Mapping[float | None, float | None]) -> bool:
+    """Tell whether a rate is the lowest or highest of several that were tried, and no other has the same score."""
+    ends = (min(scores), max(scores)) if len(scores) > 1 else ()
+    return rate in ends and all(score != scores[rate] for other, score in scores.items() if other != rate)
 
 
 def _short(run: Run, result: Mapping[str, Any]) -> dict[str, Any]:
