@@ -30,7 +30,7 @@ class TaughtModel(nn.Module):
         try:
             return super().__getattr__(name)
         except AttributeError:
-            if name in ("model", "heads"):  # not there yet
+            if name in ("model", "heads") or name.startswith("__"):  # not there yet, or how a copy is made
                 raise
             return getattr(self.model, name)
 
