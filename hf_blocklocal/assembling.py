@@ -15,7 +15,7 @@ from torch import nn
 from hf_blocklocal.anatomy.layers import check_all_layers_run, check_layers_not_shared, find_stacks, is_pretrained
 from hf_blocklocal.anatomy.routers import RouterLoss, find_router_loss
 from hf_blocklocal.anatomy.tying import shared_by_blocks, with_shared_weights_settled_, with_tied_weights_settled_
-from hf_blocklocal.assembly import Assembly
+from hf_blocklocal.assembly import Assembly, fingerprint_of
 from hf_blocklocal.config.block_local import BlockLocalConfig
 from hf_blocklocal.config.defaults import refreshed, settled
 from hf_blocklocal.config.refusals import check_adapters, check_quantisation
@@ -123,6 +123,7 @@ def assemble(
         needs=needs,
         shared=tuple(shared_by_blocks(reach)),
         chooses_rates=chooses_rates,
+        fingerprint=fingerprint_of(model, trained=config.head_copies == "trained"),
     )
     targets = assembly.read_targets(inputs)
     if len(targets) > 0:
@@ -186,6 +187,7 @@ def _uncut(model: nn.Module, config: BlockLocalConfig) -> Assembly:
         parameters=(tuple(model.parameters()),),
         step=LocalStep(Boundaries(model, cut), []),
         counts_items=True,
+        fingerprint=fingerprint_of(model, trained=config.head_copies == "trained"),
     )
 
 

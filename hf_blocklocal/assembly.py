@@ -49,6 +49,7 @@ class Assembly:
             `parameters` in its place.
         shared: The names of the parameters that the losses of several blocks reach.
         chooses_rates: Whether a user has said at which rates blocks learn.
+        fingerprint: What tells whether the model has been changed since.
     """
 
     config: BlockLocalConfig
@@ -67,6 +68,7 @@ class Assembly:
     parts: Mapping[nn.Parameter, nn.Parameter] = field(default_factory=dict)
     shared: tuple[str, ...] = ()
     chooses_rates: bool = False
+    fingerprint: tuple[Any, ...] = ()
 
     @property
     def heads(self) -> nn.ModuleList:
@@ -85,18 +87,19 @@ class Assembly:
         pairs = ((parameter, named[name_of_original(name)]) for name, parameter in named.items())
         return {copy: original for copy, original in pairs if copy is not original}
 
-    def holds_weights_of(self, model: nn.Module) -> bool:
-        """Tell whether every parameter of a model, as it is now, belongs to a block."""
-        held = {parameter for block in self.parameters for parameter in block}
-        return all(parameter in held for parameter in model.parameters())
+    def still_fits(self) -> bool:
+        """Tell whether the model has the parameters that it had when it was cut, in their shapes.
+
+        Heads that train copies train those of weights that learn, so there these have to be the same too.
+        """
+        return self.fingerprint == fingerprint_of(self.module.model, trained=self.config.head_copies == "trained")
 
     @property
     def couples(self) -> bool:
         """Whether gradients of a block come from other losses than its own too."""
         config = self.config
         global_steps = config.global_every is not None or config.polish > 0
-        learned = any(self.module.model.get_parameter(name).requires_grad for name in self.shared)
-        return config.overlap > 0 or global_steps or learned
+        return config.overlap > 0 or global_steps or bool(self.shared)  # what is frozen may be unfrozen
 
     def read_targets(
         self, inputs: Mapping[str, Any], *, seed: tuple[int, ...] = (0,), whole_vocabulary: bool = False
@@ -160,7 +163,8 @@ class Assembly:
         Args:
             inputs: The model's inputs with labels.
             step: Optimizer steps taken so far: copies that are due are taken.
-            seed: What the negatives of a vocabulary are drawn from, together with the step.
+            seed: What the negatives of a vocabulary are drawn from, together with the step: another one for each batch
+                of a step.
             accumulation_steps: Batches whose gradients are added up before the optimizer steps.
             **options: As for `LocalStep.teach`, such as `learned`, to step each block at once.
 
@@ -221,3 +225,11 @@ class Assembly:
         """Return the cut as a table: block, layers, parameters of block and head, cost of the head, its kind."""
         model, cut = self.module.model, self.cut
         return table_of_blocks(model, cut, self.config, self.parameters, self.heads, self.head_costs)
+
+
+def fingerprint_of(model: nn.Module, *, trained: bool) -> tuple[Any, ...]:
+    """Return the name, identity and shape of every parameter of a model, and if that matters whether it learns."""
+    return tuple(
+        (name, id(parameter), parameter.shape, trained and parameter.requires_grad)
+        for name, parameter in model.named_parameters()
+    )

@@ -140,6 +140,7 @@ def test_a_preset_sets_its_fields_and_leaves_the_others(name):
 
 def test_backpropagation_is_a_single_block_and_nothing_else():
     assert BlockLocalConfig.from_preset("backprop", num_blocks=1).num_blocks == 1
+    assert BlockLocalConfig.from_preset("backprop", num_blocks=None).num_blocks == 1
     with pytest.raises(ConfigError, match="'backprop' is a single block, and num_blocks=3 is asked for"):
         BlockLocalConfig.from_preset("backprop", num_blocks=3)
 

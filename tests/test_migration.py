@@ -13,7 +13,8 @@ from transformers import AutoModelForSequenceClassification, TrainerCallback
 from zoo import SPECIMENS
 
 from hf_blocklocal import BlockLocalConfig, BlockLocalTrainer
-from hf_blocklocal.errors import UnsupportedSettingError
+from hf_blocklocal.callbacks import GradientAlignmentCallback, LinearProbeCallback
+from hf_blocklocal.targets.probe import first_of_loader
 
 
 BERT, GPT2 = SPECIMENS["bert"], SPECIMENS["gpt2"]
@@ -82,13 +83,20 @@ def test_a_frozen_weight_that_blocks_share_is_no_reason_to_untie_or_freeze(tmp_p
 # ---- A model that is changed after it was cut ----
 
 
-def test_an_embedding_that_has_grown_since_is_cut_with_the_model(tmp_path):
-    trainer = make(tmp_path, specimen=GPT2, max_grad_norm=1e-6, learning_rate=1.0, optim="sgd")
-    trainer.evaluate()
-    assert trainer.assembly is trainer.assembly
-    trainer.model.resize_token_embeddings(trainer.model.config.vocab_size + 3)
+@pytest.mark.parametrize("copies", ["auto", "trained"])
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_an_embedding_that_has_grown_since_is_cut_with_the_model(name, copies, tmp_path):
+    config = BlockLocalConfig(num_blocks=2, head_copies=copies)
+    trainer = make(
+        tmp_path, specimen=SPECIMENS[name], config=config, max_grad_norm=1e-6, learning_rate=1.0, optim="sgd"
+    )
+    first = trainer.assembly
+    vocabulary = trainer.model.config.vocab_size + 3
+    trainer.model.resize_token_embeddings(vocabulary)
     before = weights(trainer.model)
     trainer.train()
+    assert trainer.assembly is not first
+    assert trainer.assembly.task.size == vocabulary
     moved = [(p - before[name]).norm() for name, p in trainer.model.named_parameters()]
     assert 0 < max(moved) < 1e-4, "clipped, as all else"
 
@@ -98,7 +106,45 @@ def test_adapters_that_are_added_since_are_cut_with_the_model(tmp_path):
     first = trainer.assembly
     trainer.model.add_adapter(LoraConfig(target_modules=["query"]))
     trainer.train()
-    assert trainer.assembly is not first
+    second = trainer.assembly
+    assert second is not first
+    trainer.model.delete_adapter("default")
+    trainer.optimizer = trainer.lr_scheduler = None
+    trainer.model.requires_grad_(True)
+    trainer.train()
+    assert trainer.assembly is not second
+    assert trainer.assembly.owners.keys() == dict(trainer.model.named_parameters()).keys()
+
+
+def test_a_model_that_is_as_it_was_is_not_cut_again(tmp_path):
+    trainer = make(tmp_path)
+    first = trainer.assembly
+    trainer.train()
+    trainer.model.bert.requires_grad_(False)
+    trainer.train()
+    assert trainer.assembly is first
+
+
+def test_copies_that_heads_train_are_made_anew_of_what_has_been_unfrozen(tmp_path):
+    model = BERT.build()
+    model.bert.requires_grad_(False)
+    trainer = make(tmp_path, model=model, config=BlockLocalConfig(num_blocks=2, head_copies="trained"))
+    trainer.train()
+    few = len(trainer.assembly.originals)
+    model.requires_grad_(True)
+    trainer.optimizer = trainer.lr_scheduler = None
+    trainer.train()
+    assert len(trainer.assembly.originals) > few
+
+
+def test_a_weight_that_is_untied_is_in_the_optimizer_of_the_one_that_it_was_tied_to(tmp_path):
+    model = GPT2.build()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    config = BlockLocalConfig(num_blocks=2, tied_weights="untie", head_layers=0)
+    trainer = make(tmp_path, model=model, specimen=GPT2, config=config, own={"optimizers": (optimizer, None)})
+    trainer.train()
+    assert not model.lm_head.weight.equal(model.transformer.wte.weight)
+    assert any(parameter is model.lm_head.weight for group in optimizer.param_groups for parameter in group["params"])
 
 
 # ---- Batches that are not what the data set holds ----
@@ -132,8 +178,11 @@ def test_what_a_loss_of_ones_own_takes_out_of_a_batch_is_not_given_to_the_model(
         data={"train_dataset": data},
         remove_unused_columns=False,
     )
+    trainer.add_callback(GradientAlignmentCallback(trainer, every=2))
+    trainer.add_callback(LinearProbeCallback(trainer, test_dataset=data, every=2, samples=4))
     trainer.train()
-    assert all(f"block_{block}/loss" in trainer.state.log_history[0] for block in range(2))
+    assert any("block_0/loss" in row for row in trainer.state.log_history)
+    assert any("alignment/block_0" in row for row in trainer.state.log_history)
 
 
 class OwnLoader(BlockLocalTrainer):
@@ -150,6 +199,21 @@ def test_a_loader_of_ones_own_is_all_the_data_that_is_needed(tmp_path):
     trainer = make(tmp_path, kind=OwnLoader, data={})
     trainer.train()
     assert trainer.state.global_step == 4
+
+
+def test_a_loader_of_ones_own_may_read_a_data_set_that_nobody_else_can(tmp_path):
+    pairs = [(example["input_ids"], example["labels"]) for example in examples(BERT)]
+    make(tmp_path, kind=OwnLoader, data={"train_dataset": pairs}).train()
+
+
+def test_of_a_loader_s_batch_the_beginning_is_looked_at_if_it_has_one():
+    ids = torch.arange(24).reshape(4, 6)
+    without = {"input_ids": ids, "labels": torch.where(ids < 12, -100, ids)}
+    batch = {"input_ids": ids + 1, "labels": ids}
+    taken = first_of_loader([without, batch], 2)
+    assert taken["input_ids"].equal(ids[:2] + 1), "the first two of the other have no label that counts"
+    pictures = {**batch, "pixel_values": torch.zeros(64, 5)}
+    assert first_of_loader([pictures], 2) is pictures, "which picture belongs to which text is not known"
 
 
 def test_a_collator_that_takes_examples_apart_finds_them_whole(tmp_path):
@@ -205,11 +269,16 @@ def test_blocks_have_the_prefix_of_the_evaluation_wherever_it_stands(tmp_path):
     assert "valid_block_0_loss" in output.metrics
 
 
-def test_copies_and_an_evaluation_in_another_type_are_refused_by_name(tmp_path):
+def test_an_evaluation_in_another_type_than_that_of_copies_leaves_the_heads_out(tmp_path, caplog):
     config = BlockLocalConfig(num_blocks=2, head_copies="trained")
-    with pytest.raises(UnsupportedSettingError, match="bf16_full_eval and heads that borrow copies"):
-        make(tmp_path, config=config, bf16_full_eval=True)
-    make(tmp_path, bf16_full_eval=True).evaluate()
+    trainer = make(tmp_path, config=config, bf16_full_eval=True, eval_strategy="steps", eval_steps=2)
+    trainer.train()
+    assert "eval_block_0_loss" in next(row for row in trainer.state.log_history if "eval_loss" in row)
+    assert "eval_block_0_loss" not in trainer.evaluate()
+    assert "heads of blocks are not scored" in caplog.text
+    live = make(tmp_path / "live", bf16_full_eval=True)
+    live.train()
+    assert "eval_block_0_loss" in live.evaluate()
 
 
 # ---- The model beside its heads ----
@@ -221,12 +290,20 @@ class Looks(BlockLocalTrainer):
         return super().training_step(model, inputs, *args)
 
 
-def test_the_wrapped_model_answers_as_the_model(tmp_path):
+@pytest.mark.parametrize(
+    "state_dict",
+    [
+        lambda trainer: None,
+        lambda trainer: trainer.model.state_dict(),
+        lambda trainer: trainer.accelerator.get_state_dict(trainer.model_wrapped),
+    ],
+)
+def test_the_wrapped_model_answers_as_the_model(state_dict, tmp_path):
     trainer = make(tmp_path, kind=Looks)
     trainer.train()
     wrapped = trainer.accelerator.unwrap_model(trainer.model_wrapped)
     assert wrapped.config is trainer.model.config
-    wrapped.save_pretrained(tmp_path / "saved")
+    wrapped.save_pretrained(tmp_path / "saved", state_dict=state_dict(trainer))
     again = AutoModelForSequenceClassification.from_pretrained(tmp_path / "saved")
     assert all(value.equal(trainer.model.state_dict()[name]) for name, value in again.state_dict().items())
     with pytest.raises(AttributeError, match="no attribute 'nothing_of_the_kind'"):

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Trainer
 
+from hf_blocklocal.anatomy.lending import taken_by
 from hf_blocklocal.callbacks.base import BlockCallback, check_whole_model_here, collated, undisturbed
 from hf_blocklocal.errors import TargetError, UnsupportedSettingError
 from hf_blocklocal.teaching.loss_scale import custom_loss
@@ -95,7 +96,7 @@ class GradientAlignmentCallback(BlockCallback):
             scale=1 / targets.elements,
             backward=backward,
             learned=learned,
-            inputs=inputs,
+            inputs=taken_by(self.trainer.model, inputs),
             custom_loss=custom_loss(self.trainer.compute_loss_func, inputs["labels"], targets, None, processes=1),
         )
         with lesson:

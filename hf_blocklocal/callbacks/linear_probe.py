@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Trainer
 
+from hf_blocklocal.anatomy.lending import taken_by
 from hf_blocklocal.anatomy.signals import first_tensor
 from hf_blocklocal.callbacks.base import BlockCallback, check_whole_model_here, collated, undisturbed
 from hf_blocklocal.errors import TargetError, UnsupportedSettingError
@@ -156,7 +157,7 @@ class LinearProbeCallback(BlockCallback):
         for batch in batches:
             inputs = self.trainer._prepare_inputs(dict(batch))
             with _outputs_of(layers) as outputs:
-                self.trainer.model(**inputs)
+                self.trainer.model(**taken_by(self.trainer.model, inputs))
             targets = read_targets(assembly.task, inputs)
             here = (assembly.step.bring(block, targets) for block in range(len(layers)))
             rows = [self._rows(block, outputs[block], inputs, mine) for block, mine in enumerate(here)]

@@ -283,7 +283,10 @@ class BlockLocalConfig:
         """
         if name not in PRESETS:
             raise ConfigError(f"There is no preset {name!r}. Choose one of {sorted(PRESETS)}.")
-        if PRESETS[name].get("num_blocks", 0) not in (0, overrides.get("num_blocks", 1)):
+        if overrides.get("num_blocks", ...) is None:
+            del overrides["num_blocks"]
+        fixed = PRESETS[name].get("num_blocks")
+        if fixed is not None and overrides.get("num_blocks", fixed) != fixed:
             raise ConfigError(
                 f"The preset {name!r} is a single block, and num_blocks={overrides['num_blocks']} is asked for. Leave "
                 "one of the two out. Heads that borrow all layers above have the gradient of backpropagation too."

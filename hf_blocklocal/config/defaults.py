@@ -94,8 +94,8 @@ def settled(
         config = replace(config, head_bypass="straight_through" if runs_all else "skip")
     if not config.borrows:
         _check_nothing_is_trained(config, lends=lends)
-        return config
-    return refreshed(config, single_stack=single_stack)
+        return replace(config)  # which settles the number of blocks, too
+    return replace(refreshed(config, single_stack=single_stack))
 
 
 def _takes_copies(config: BlockLocalConfig) -> bool:

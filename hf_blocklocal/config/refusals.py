@@ -280,20 +280,6 @@ def check_spread(args: TrainingArguments) -> None:
             )
 
 
-def check_evaluates_copies(args: TrainingArguments, config: BlockLocalConfig) -> None:
-    """Refuse to evaluate a model in another type than the copies that its heads borrow.
-
-    Raises:
-        UnsupportedSettingError: For the first such argument.
-    """
-    for name in ("fp16_full_eval", "bf16_full_eval"):
-        if getattr(args, name) and not config.is_live and config.evaluate_blocks and config.num_blocks > 1:
-            raise UnsupportedSettingError(
-                f"{name} and heads that borrow copies exclude each other: it changes the type of the model, and not "
-                "that of the copies. Leave it out, use evaluate_blocks=False, or let heads borrow live layers."
-            )
-
-
 def check_loss_settings(task: Task, config: BlockLocalConfig, *, label_smoothing: float, custom_loss: bool) -> None:
     """Refuse changes to the model's own loss that the heads cannot follow.
 

@@ -69,6 +69,20 @@ def add_heads_(
         optimizer.add_param_group({"params": missing})
 
 
+def add_untied_(optimizer: torch.optim.Optimizer, untied: nn.Parameter, source: nn.Parameter) -> None:
+    """Step a weight that has been untied as the one that it was tied to, in its group; not at all where that is not.
+
+    Args:
+        optimizer: The optimizer, changed in place.
+        untied: The weight that the optimizer may not know yet.
+        source: The weight that it was tied to.
+    """
+    known = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    for group in optimizer.param_groups:
+        if id(untied) not in known and any(parameter is source for parameter in group["params"]):
+            group["params"].append(untied)
+
+
 def check_steps_by_block(optimizer: torch.optim.Optimizer) -> None:
     """Refuse to step per block an optimizer whose state is not per parameter.
 

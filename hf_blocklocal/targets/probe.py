@@ -55,7 +55,7 @@ def first_batch(dataset: Any, collate: Callable[[list[Any]], Mapping[str, Any]],
 
 
 def first_of_loader(loader: Iterable[Mapping[str, Any]], size: int) -> Mapping[str, Any]:
-    """Return the beginning of the first batch of a data loader that has a label.
+    """Return the beginning of the first batch of a data loader that begins with a label.
 
     Args:
         loader: Yields batches.
@@ -64,12 +64,13 @@ def first_of_loader(loader: Iterable[Mapping[str, Any]], size: int) -> Mapping[s
     Raises:
         TargetError: If the first 64 samples or more are all without a label that counts.
     """
-    batch = _first_with_labels(islice(loader, max(1, _SEARCHED // size)))
-    rows = next((value.shape[0] for value in batch.values() if isinstance(value, torch.Tensor) and value.dim()), 0)
-    return {
-        name: value[:size] if isinstance(value, torch.Tensor) and value.dim() and value.shape[0] == rows else value
-        for name, value in batch.items()
-    }
+    return _first_with_labels(_beginning(batch, size) for batch in islice(loader, max(1, _SEARCHED // size)))
+
+
+def _beginning(batch: Mapping[str, Any], size: int) -> Mapping[str, Any]:
+    """Return the first samples of a batch; all of it, where it does not tell which of its values belong to which."""
+    rows = {value.shape[0] if isinstance(value, torch.Tensor) and value.dim() else None for value in batch.values()}
+    return {name: value[:size] for name, value in batch.items()} if len(rows) == 1 and None not in rows else batch
 
 
 def _first_with_labels(batches: Iterable[Mapping[str, Any]]) -> Mapping[str, Any]:

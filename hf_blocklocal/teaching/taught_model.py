@@ -38,6 +38,20 @@ class TaughtModel(nn.Module):
         """Run the model alone."""
         return self.model(*args, **kwargs)
 
+    def save_pretrained(self, save_directory: Any, *args: Any, state_dict: Any = None, **kwargs: Any) -> Any:
+        """Save the model without its heads.
+
+        Args:
+            save_directory: The folder.
+            *args: As for the model's own method.
+            state_dict: Weights to save in place of the model's: its own, or those of this module.
+            **kwargs: As for the model's own method.
+        """
+        if state_dict is not None and not state_dict.keys() <= self.model.state_dict().keys():
+            named = ((name.removeprefix("model."), value) for name, value in state_dict.items())
+            state_dict = {name: value for name, value in named if not name.startswith("heads.")}
+        return self.model.save_pretrained(save_directory, *args, state_dict=state_dict, **kwargs)
+
 
 def name_of_original(name: str) -> str:
     """Return the name, in a `TaughtModel`, of the weight that one of its parameters is a copy of, or its own."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import torch
@@ -11,6 +12,9 @@ from hf_blocklocal.anatomy.lending import taken_by
 from hf_blocklocal.targets.batch import has_labels
 from hf_blocklocal.teaching.evaluation import BlockScores
 from hf_blocklocal.trainer.spreading import SpreadsBlocks
+
+
+logger = logging.getLogger(__name__)
 
 
 class EvaluatesBlocks(SpreadsBlocks):
@@ -28,6 +32,12 @@ class EvaluatesBlocks(SpreadsBlocks):
         asked = (dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
         if self._assembly is None or self._assembly.last == 0 or not self.block_local.evaluate_blocks:
             return super().evaluation_loop(*asked)
+        if self._assembly.copies is not None and not self.is_in_train and self._casts_model:
+            logger.warning(
+                "The heads of blocks are not scored: fp16_full_eval or bf16_full_eval changes the type of the model, "
+                "and not that of the copies that they borrow."
+            )
+            return super().evaluation_loop(*asked)
         self._scores = BlockScores(self._assembly.step)
         try:
             with self._session():
@@ -38,6 +48,10 @@ class EvaluatesBlocks(SpreadsBlocks):
         finally:
             self._scores = None
         return output
+
+    @property
+    def _casts_model(self) -> bool:
+        return self.args.fp16_full_eval or self.args.bf16_full_eval
 
     def prediction_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         """Score the heads in the forward pass of the parent's step."""

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hf_blocklocal.anatomy.lending import taken_by
 from hf_blocklocal.cut.blocks import EndOfBlock
 from hf_blocklocal.parallel.giving import share_from_last
 from hf_blocklocal.parallel.pooling import gather_samples, sum_over_blocks
@@ -50,7 +51,7 @@ class PredictsApart(RunsApart):
         self._announce(inputs, "evaluation")
         if not self._chain.is_last:
             with suppress(EndOfBlock), torch.no_grad(), self.compute_loss_context_manager():
-                model(**inputs)
+                model(**taken_by(self.model, inputs))
         if ignore_keys is None:
             config = getattr(self.model, "config", None)
             ignore_keys = getattr(config, "keys_to_ignore_at_inference", ["past_key_values"])

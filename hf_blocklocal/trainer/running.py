@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hf_blocklocal.anatomy.lending import taken_by
 from hf_blocklocal.cut.blocks import EndOfBlock
 from hf_blocklocal.errors import BlockPeerError
 from hf_blocklocal.optim.collectives import sum_over_processes
@@ -131,7 +132,7 @@ class RunsApart(FindsCheckpoints):
         if callable(getattr(self.optimizer, "train", None)):
             self.optimizer.train()
         with suppress(EndOfBlock), self.compute_loss_context_manager():
-            self._forward(**inputs)
+            self._forward(**taken_by(self.model, inputs))
         return None
 
     def store_flos(self) -> None:

@@ -14,6 +14,7 @@ from hf_blocklocal.devices.layout import Layout, find_layout
 from hf_blocklocal.devices.ledger import Ledger
 from hf_blocklocal.devices.spreading import Spread, gather_
 from hf_blocklocal.optim.updates import BlockUpdates
+from hf_blocklocal.randomness import random_state_kept
 from hf_blocklocal.teaching.report import StepReport
 from hf_blocklocal.trainer.placing import PlacesBlocks
 from hf_blocklocal.trainer.running import ends_run
@@ -53,7 +54,9 @@ class SpreadsBlocks(PlacesBlocks):
         """Spread the blocks over their devices."""
         super()._take_station()
         if self._layout is not None:
-            self._spread = Spread(self.assembly, self._layout.devices, self._first_batch())
+            with random_state_kept():
+                batch = self._first_batch()
+            self._spread = Spread(self.assembly, self._layout.devices, batch)
             self._assembly = self._spread.assembly
 
     @property

@@ -15,13 +15,13 @@ from accelerate.utils import send_to_device
 from torch import nn
 from transformers import Trainer
 
+from hf_blocklocal.anatomy.embeddings import input_embedding, output_embedding
 from hf_blocklocal.anatomy.lending import taken_by
 from hf_blocklocal.assembling import assemble, check_structure
 from hf_blocklocal.assembly import Assembly
 from hf_blocklocal.config.block_local import BlockLocalConfig
 from hf_blocklocal.config.refusals import (
     check_arguments,
-    check_evaluates_copies,
     check_launcher,
     check_loss_settings,
     check_placement,
@@ -29,7 +29,7 @@ from hf_blocklocal.config.refusals import (
 )
 from hf_blocklocal.optim.anchor import Anchor
 from hf_blocklocal.optim.collectives import broadcast_from_first
-from hf_blocklocal.optim.stepping import add_heads_, check_steps_by_block
+from hf_blocklocal.optim.stepping import add_heads_, add_untied_, check_steps_by_block
 from hf_blocklocal.randomness import random_state_kept
 from hf_blocklocal.records.meters import BlockLossMeter
 from hf_blocklocal.targets.probe import dataset_to_trace, first_batch, first_of_loader, with_own_generators
@@ -73,7 +73,6 @@ class BlockLocalMixin(ChecksOverrides, EvaluatesBlocks, SavesBlocks, PushesRuns,
         check_structure(self.model, self.block_local)
         self._lay_out()
         if self.block_local.num_blocks > 1:
-            check_evaluates_copies(self.args, self.block_local)
             check_placement(self.model, model_parallel=self.is_model_parallel and self._layout is None)
         self._take_station()
 
@@ -102,22 +101,27 @@ class BlockLocalMixin(ChecksOverrides, EvaluatesBlocks, SavesBlocks, PushesRuns,
         return self._assembly
 
     def _first_batch(self) -> Mapping[str, Any]:
-        """Collate the first examples as the data loader would; where a subclass has its own loader, ask that."""
+        """Collate the first examples as the data loader would.
+
+        Where a subclass has a loader of its own, which nobody else knows how to read for, that is asked if need be.
+        """
         size = min(2, self.args.per_device_train_batch_size)
-        if self._overrides("get_train_dataloader"):
-            batch = first_of_loader(self.get_train_dataloader(), size)
-        else:
+        try:
             dataset = dataset_to_trace(self.train_dataset, self.eval_dataset)
             collator = with_own_generators(self.data_collator)
             collate = self._get_collator_with_removed_columns(collator, description="traced")
             batch = first_batch(dataset, collate, size)
+        except (TypeError, ValueError, LookupError, AttributeError):
+            if not self._overrides("get_train_dataloader"):
+                raise
+            batch = first_of_loader(self.get_train_dataloader(), size)
         batch = taken_by(self.model, self._prepare_inputs(batch))
         apart = self.block_local.blocks_apart
         return send_to_device(batch, next(self.model.parameters()).device) if apart else batch
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Cut the model anew, if it has got other weights since it was cut, such as a larger embedding or adapters."""
-        if self._assembly is not None and not self._is_apart and not self._assembly.holds_weights_of(self.model):
+        if self._assembly is not None and not self._is_apart and not self._assembly.still_fits():
             self._assembly = None
         return super().train(*args, **kwargs)
 
@@ -155,6 +159,9 @@ class BlockLocalMixin(ChecksOverrides, EvaluatesBlocks, SavesBlocks, PushesRuns,
         with self._parts_in_place():
             optimizer = super().create_optimizer(self.assembly.module)
         if given is not None:
+            source, head = input_embedding(self.model), output_embedding(self.model)
+            if self.assembly.config.tied_weights == "untie" and None not in (source, head):
+                add_untied_(given, head.weight, source.weight)
             heads, originals = list(self.assembly.heads.parameters()), self.assembly.originals
             add_heads_(given, heads, originals=originals, has_schedule=has_schedule)
         if not self.assembly.set_learning_rates_(self._inner_optimizer, has_schedule=has_schedule):
