@@ -137,7 +137,8 @@ def learning_summary(report: dict[str, Any]) -> list[str]:
     )
     return [
         f"Means of {seeds} seeds (`{report['command']}`), every learning rate tuned. K is the number of blocks;",
-        f"*freeze lower* is the plain `Trainer` on the last of them and the task head alone.{marked}",
+        "*less below* is with the rates that blocks have by default, and *freeze lower* is the plain `Trainer` on the",
+        f"last of them and the task head alone.{marked}",
         "",
         *table,
     ]
