@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import nn
 
 from hf_blocklocal.errors import CutError
-from hf_blocklocal.optim import data_parallel
+from hf_blocklocal.optim import collectives
 from hf_blocklocal.optim.collectives import check_same_cut_everywhere
 from hf_blocklocal.optim.data_parallel import GradientAverager
 from hf_blocklocal.records.history import HISTORY_NAME, StepTime, Training, read_history
@@ -52,7 +52,7 @@ def alone():
 
 
 def test_processes_that_have_cut_the_model_differently_are_refused(monkeypatch):
-    monkeypatch.setattr(data_parallel, "gather_from_processes", lambda mine, _processes: [mine, [2]])
+    monkeypatch.setattr(collectives, "gather_from_processes", lambda mine, _processes: [mine, [2]])
     check_same_cut_everywhere((2,), 2)
     with pytest.raises(CutError, match=r"rank 0: \[3\], rank 1: \[2\].*boundaries=\[3\], without balance"):
         check_same_cut_everywhere((3,), 2)

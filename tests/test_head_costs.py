@@ -87,7 +87,7 @@ def test_heavy_heads_are_named_once(caplog):
     ]
     assert assembly.describe().splitlines()[1].split() == [
         *("0", "0-2", "8,784", "0", "22%"),
-        *("LabelFeedback,", "Agreement", "(categorical)", "through", "layers", "3"),
+        *("LabelFeedback,", "Agreement", "(categorical)", "through", "layers", "3", "(all", "above)"),
     ]
 
 
