@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_blocklocal.anatomy.modes import evaluation_mode
 from hf_blocklocal.anatomy.signals import map_tensors
 from hf_blocklocal.cut.blocks import Boundaries
 from hf_blocklocal.cut.trace import trace_reach
@@ -65,8 +64,7 @@ def trace_needs(
         if has_values and not all(map(_same, before, tensors)):
             changing.add(key)
 
-    with evaluation_mode(model):
-        parameters = trace_reach(model, boundaries, inputs, hand_on=_marked, observe=observe)
+    parameters = trace_reach(model, boundaries, inputs, hand_on=_marked, observe=observe)
     lasting = {
         stack: frozenset(name for of, name in values.keys() - changing if of == stack) for stack in set(cut.stacks)
     }

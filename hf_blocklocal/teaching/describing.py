@@ -79,15 +79,12 @@ def taught_by(cut: Cut, config: BlockLocalConfig, heads: Sequence[FeedbackHead],
         own = TRAINED_COPIES if head.loan is not None else ""
         if layers_above or own:
             named = f"{BORROWED}{', '.join(map(str, layers_above))}" if layers_above else "the task head"
-            through.append(own + named + (ALL_ABOVE if layers_above == _above(cut, block) else ""))
+            borrows_all = len(layers_above) == len(cut.layers) - cut.spans[block].stop
+            through.append(own + named + (ALL_ABOVE if borrows_all else ""))
         taught += f" through {' and '.join(through)}"
         if learns_past_layers(cut, block, config):
             taught += f", {STRAIGHT_PAST}"
     return taught
-
-
-def _above(cut: Cut, block: int) -> tuple[int, ...]:
-    return tuple(range(cut.spans[block].stop, len(cut.layers)))
 
 
 def _cost_of_head(costs: Sequence[float], block: int) -> str:
